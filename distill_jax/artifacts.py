@@ -1,0 +1,125 @@
+"""What every room needs to read inputs and to leave results that a crash cannot spoil."""
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+_PACKAGE_SCHEME = "package://"
+
+
+class InputError(ValueError):
+    """A wrong input: its message is one line that names the file, tensor or field at fault.
+
+    The command line prints the message alone, without a traceback, and exits with status 2.
+    """
+
+
+def resolve(path: str | os.PathLike[str]) -> epath.Path:
+    """The place `path` names: a local path, `gs://...`, or `package://name/file`.
+
+    `package://name/file` is a data file inside an installed Python package, found without
+    importing the package.
+
+    Raises:
+      InputError: the package is not installed, or nothing is there.
+    """
+    text = os.fspath(path)
+    if text.startswith(_PACKAGE_SCHEME):
+        name, _, inner = text.removeprefix(_PACKAGE_SCHEME).partition("/")
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(f"{text}: the Python package {name!r} is not installed")
+        place = epath.Path(spec.submodule_search_locations[0]) / inner
+    else:
+        place = epath.Path(text).expanduser()
+    if not place.exists():
+        raise InputError(f"{text}: no such file or directory")
+    return place
+
+
+def fingerprint(value: Any) -> str:
+    """Sixteen hex digits of SHA-256 over the canonical JSON of `value`."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """Sixteen hex digits of SHA-256 over the bytes of one file."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file whole or not at all: temporary name, fsync, rename."""
+    place = epath.Path(path)
+    temporary = place.parent / f".{place.name}.tmp"
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        if "://" not in str(place):
+            os.fsync(file.fileno())
+    temporary.replace(place)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes indented JSON whole or not at all."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      InputError: the file is missing or is not JSON.
+    """
+    place = epath.Path(path)
+    try:
+        return json.loads(place.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{place}: no such file") from error
+    except ValueError as error:
+        raise InputError(f"{place}: not valid JSON ({error})") from error
+
+
+def diff(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line, `field: stored -> wanted`, for every leaf in which two nested mappings differ."""
+    lines = []
+    for key in sorted(stored.keys() | wanted.keys()):
+        old, new = stored.get(key), wanted.get(key)
+        name = f"{prefix}{key}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += diff(old, new, f"{name}.")
+        elif old != new:
+            lines.append(f"{name}: {old!r} -> {new!r}")
+    return lines
+
+
+def fingerprint_path(path: str | os.PathLike[str]) -> str:
+    """Stands for the content of what `resolve` finds: a file's bytes, a folder's names and sizes.
+
+    Folders may hold hundreds of gigabytes of weights, which are not read for this.
+
+    Raises:
+      InputError: nothing is there.
+    """
+    place = resolve(path)
+    if place.is_file():
+        return hash_file(place)
+    return fingerprint([[str(f.relative_to(place)), f.stat().length] for f in files_below(place)])
+
+
+def files_below(place: epath.Path) -> list[epath.Path]:
+    """All files in a directory and the directories in it, in order."""
+    found = []
+    for entry in sorted(place.iterdir()):
+        found += files_below(entry) if entry.is_dir() else [entry]
+    return found

@@ -1,0 +1,215 @@
+"""The commands."""
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from etils import epath
+
+from distill_jax import (
+    __version__,
+    artifacts,
+    data,
+    models,
+    pipeline,
+    posttraining,
+    pruning,
+    stages,
+    teachers,
+)
+from distill_jax.artifacts import InputError
+from distill_jax.recipe import load_recipe
+from distill_jax.stages import preflight
+
+_DESCRIPTION = """\
+Turns a large Llama into a small one:
+corpus -> teachers -> targets -> prune -> distill -> sft -> rejection-sample -> dpo -> evaluate
+-> export -> report."""
+
+_EXAMPLES = """\
+examples:
+  distill-jax run configs/smollm2_135m.py
+      every stage of the recipe; what is done already is skipped, what was interrupted goes on
+  distill-jax run configs/smollm2_135m.py --set size=full --set distill.train.steps=400
+      a parameter of the config file's get_config, and any field of its recipe by dotted name
+  distill-jax prune configs/tiny.py --out runs/mine
+      one stage alone; the stages that it reads must have been run there
+  distill-jax generate runs/mine/distill/seed-0 --prompt "The capital of France is"
+  distill-jax inspect runs/mine/targets/first/samples
+  distill-jax verify runs/mine/targets/first/samples --corpus runs/mine/corpus"""
+
+_STAGE_HELP = {
+    "corpus": "tokenize and pack the texts",
+    "teachers": "import, pre-train or correct the teachers",
+    "targets": "store the teachers' distributions over the training tokens",
+    "prune": "importance -> plan -> surgery -> repair",
+    "distill": "train the students, and the controls, from the stored targets",
+    "sft": "fine-tune on demonstrations",
+    "rejection-sample": "sample answers, let a verifier pick, fine-tune on the best",
+    "dpo": "prefer right answers to wrong ones",
+    "evaluate": "measure every model",
+    "export": "write the last model as a Hugging Face folder",
+    "report": "write report/index.html",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status.
+
+    0: done; 1: the work failed; 2: a wrong input, told in one line; 130: interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    # Orbax tells of every file it writes; a person who runs a recipe has no use for that.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        figures = options.work(options)
+    except InputError as error:
+        print(f"distill-jax: error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"distill-jax: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("distill-jax: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if options.json:
+        print(json.dumps(figures, sort_keys=True))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distill-jax",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"distill-jax {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, work: Callable[[Any], Any]) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(work=work)
+        command.add_argument(
+            "--json", action="store_true", help="end with one line of JSON on standard output"
+        )
+        return command
+
+    _add_recipe_options(add("run", "run all stages of a recipe", _run), None)
+    for name in stages.COMMANDS:
+        _add_recipe_options(add(name, _STAGE_HELP[name], _run), name)
+    generate = add("generate", "let a model continue a text or answer a question", _generate)
+    generate.add_argument("model", help="a checkpoint directory, GGUF file or Hugging Face folder")
+    generate.add_argument("--prompt", required=True, help="the text")
+    generate.add_argument(
+        "--chat", action="store_true", help="the prompt is a question: use the chat template"
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    generate.add_argument("--seed", type=int, default=0)
+    inspect = add("inspect", "show what a file or directory of a run holds", _inspect)
+    inspect.add_argument("artifact", help="a store, a stage's directory, a model, or a plan")
+    verify = add("verify", "re-hash a store of targets, and recompute some of its rows", _verify)
+    verify.add_argument("store")
+    verify.add_argument("--corpus", help="a corpus directory, to compare rows with")
+    verify.add_argument("--split", default="train")
+    verify.add_argument("--teacher", help="the teacher, to recompute rows; needs --corpus")
+    verify.add_argument("--sample", type=int, default=8, help="how many rows to recompute")
+    return parser
+
+
+def _add_recipe_options(command: argparse.ArgumentParser, stage: str | None) -> None:
+    command.set_defaults(stage=stage)
+    command.add_argument("config", help="a Python file with get_config() -> Recipe")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="override a field of the recipe by dotted name, or a parameter of get_config",
+    )
+    command.add_argument("--out", help="the run's directory (default: runs/NAME)")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace results of another recipe"
+    )
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    recipe = load_recipe(options.config, options.set)
+    preflight.check(recipe)
+    directory = epath.Path(options.out or f"runs/{recipe.name}")
+    typed = ["scripts/run", options.config, *(f"--set={text}" for text in options.set)]
+    run = stages.Run(recipe, directory, commands=(shlex.join(typed), "scripts/test"))
+    figures = pipeline.run(
+        stages.all_stages(run), directory, command=options.stage, overwrite=options.overwrite
+    )
+    page = directory / "report" / "index.html"
+    if options.stage in (None, "report"):
+        print(f"report: {page}", file=sys.stderr)
+    return {"directory": str(directory), "stages": figures}
+
+
+def _generate(options: argparse.Namespace) -> dict[str, Any]:
+    model = models.load(options.model)
+    tokenizer = data.load_tokenizer(options.model)
+    stop_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    if options.chat:
+        messages = [{"role": "user", "content": options.prompt}]
+        prompt = posttraining.encode_prompt(tokenizer, messages)
+        stop_ids.append(posttraining.end_of_turn(tokenizer))
+    else:
+        prompt = tokenizer.encode(options.prompt, bos=tokenizer.adds_bos)
+    (completion,) = models.generate(
+        model,
+        [prompt],
+        max_new_tokens=options.max_new_tokens,
+        sampling=models.Sampling(temperature=options.temperature),
+        seeds=[options.seed],
+        stop_ids=tuple(sorted(set(stop_ids))),
+    )
+    text = tokenizer.decode(token for token in completion.tokens if token not in stop_ids)
+    if not options.json:
+        print(text)
+    return {"text": text, "tokens": len(completion.tokens), "finished": completion.finished}
+
+
+def _inspect(options: argparse.Namespace) -> dict[str, Any]:
+    found = _describe(artifacts.resolve(options.artifact))
+    if not options.json:
+        print(json.dumps(found, indent=2))
+    return found
+
+
+def _describe(place: epath.Path) -> dict[str, Any]:
+    if (place / "store.json").exists():
+        return dict(teachers.describe(place))
+    if (place / pipeline.MANIFEST).exists():
+        return pipeline.read_manifest(place)
+    if place.name.endswith(".json"):
+        return pruning.Plan.load(place).to_json()
+    config = models.load_config(os.fspath(place))
+    sizes = {
+        "parameters": config.parameters,
+        "non_embedding_parameters": config.non_embedding_parameters,
+    }
+    return {**sizes, "shape": config.to_json()}
+
+
+def _verify(options: argparse.Namespace) -> dict[str, Any]:
+    if options.teacher and not options.corpus:
+        raise InputError("verify: --teacher needs --corpus")
+    corpus = data.open_corpus(options.corpus, options.split) if options.corpus else None
+    model = models.load(options.teacher) if options.teacher else None
+    found = dict(teachers.verify(options.store, corpus=corpus, model=model, sample=options.sample))
+    if not options.json:
+        print(json.dumps(found, indent=2))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""What to minimise: pure functions of arrays that know no model, no configuration, no files."""
+
+from distill_jax.losses.divergences import (
+    adaptive_kl,
+    alpha_beta_divergence,
+    forward_kl,
+    interpolate_logits,
+    jensen_shannon,
+    reverse_kl,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+    total_variation,
+)
+from distill_jax.losses.fused import default_chunk, fused_linear
+from distill_jax.losses.labels import cross_entropy, token_log_probs
+from distill_jax.losses.objectives import (
+    Objective,
+    Schedule,
+    distill,
+    hard_labels,
+    taid,
+    weighted_sum,
+)
+from distill_jax.losses.preference import dpo
+from distill_jax.losses.reduction import Totals, reduce
+from distill_jax.losses.targets import SampledTargets, Teacher, TopKTargets
+
+__all__ = [
+    "Objective",
+    "SampledTargets",
+    "Schedule",
+    "Teacher",
+    "TopKTargets",
+    "Totals",
+    "adaptive_kl",
+    "alpha_beta_divergence",
+    "cross_entropy",
+    "default_chunk",
+    "distill",
+    "dpo",
+    "forward_kl",
+    "fused_linear",
+    "hard_labels",
+    "interpolate_logits",
+    "jensen_shannon",
+    "reduce",
+    "reverse_kl",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "taid",
+    "token_log_probs",
+    "total_variation",
+    "weighted_sum",
+]

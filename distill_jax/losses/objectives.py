@@ -1,0 +1,130 @@
+"""Objectives: plain functions that say what a token's logits should be, and that compose.
+
+An objective is `objective(logits_NV, targets, *, step=None) -> (loss_N, {name: term_N})`, where
+`targets` maps "labels" to int labels [N] and a teacher's name to its logits or stored targets.
+Anything of that form may stand wherever one of these does.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax.losses import divergences, labels
+
+Schedule = Callable[[Any], Any]
+"""Maps the training step to a scalar."""
+
+
+class Objective(Protocol):
+    """What `weighted_sum` combines and `fused_linear` minimises."""
+
+    def __call__(
+        self, logits_NV: jax.Array, targets: Mapping[str, Any], *, step: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Per-token loss [N], and named per-token parts of it [N] for the log."""
+        ...
+
+
+def hard_labels(*, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objective:
+    """Cross-entropy with targets["labels"]; see `cross_entropy`.
+
+    With a z-loss or smoothing, the plain cross-entropy is reported as the term "cross_entropy".
+    """
+
+    def objective(logits_NV, targets, *, step=None):
+        del step
+        labels_N = _lookup(targets, "labels")
+        plain = labels.cross_entropy(logits_NV, labels_N)
+        if not (z_loss or label_smoothing):
+            return plain, {}
+        loss = labels.cross_entropy(
+            logits_NV, labels_N, z_loss=z_loss, label_smoothing=label_smoothing
+        )
+        return loss, {"cross_entropy": plain}
+
+    return objective
+
+
+def distill(
+    name: str, divergence: Callable[..., jax.Array], *, temperature: float = 1.0, **kwargs: Any
+) -> Objective:
+    """A divergence from the teacher targets[name].
+
+    Args:
+      name: the teacher's name.
+      divergence: `forward_kl`, `reverse_kl` or any function of (student_logits, teacher).
+      temperature: passed to the divergence.
+      **kwargs: passed too.
+    """
+
+    def objective(logits_NV, targets, *, step=None):
+        del step
+        teacher = _lookup(targets, name)
+        return divergence(logits_NV, teacher, temperature=temperature, **kwargs), {}
+
+    return objective
+
+
+def taid(name: str, fraction: float | Schedule, *, temperature: float = 1.0) -> Objective:
+    """Forward KL to a teacher that moves from the student to targets[name] (Shing et al. 2025).
+
+    Args:
+      name: the teacher's name; its targets must be logits.
+      fraction: t of `interpolate_logits`, a number or a schedule of the step.
+      temperature: of the forward KL.
+    """
+
+    def objective(logits_NV, targets, *, step=None):
+        teacher = _lookup(targets, name)
+        if not hasattr(teacher, "shape"):
+            raise TypeError(f"taid needs the logits of {name!r}, got {type(teacher).__name__}")
+        t = _at_step(fraction, step, name)
+        moving = divergences.interpolate_logits(logits_NV, teacher, t)
+        return divergences.forward_kl(logits_NV, moving, temperature=temperature), {}
+
+    return objective
+
+
+def weighted_sum(**named: tuple[float | Schedule, Objective]) -> Objective:
+    """Sum of weight * objective.
+
+    Terms are each objective's own loss, unweighted, under its name, and its terms under
+    "name/term".
+
+    Args:
+      **named: pairs (weight, objective). A weight is a number or a schedule of the step, which
+        must then be given.
+
+    Raises:
+      ValueError: nothing to sum.
+    """
+    if not named:
+        raise ValueError("weighted_sum needs at least one name=(weight, objective)")
+
+    def objective(logits_NV, targets, *, step=None):
+        total = jnp.zeros(logits_NV.shape[:-1], jnp.float32)
+        terms = {}
+        for name, (weight, part) in named.items():
+            loss_N, parts = part(logits_NV, targets, step=step)
+            total = total + _at_step(weight, step, name) * loss_N
+            terms[name] = loss_N
+            terms.update({f"{name}/{inner}": term_N for inner, term_N in parts.items()})
+        return total, terms
+
+    return objective
+
+
+def _lookup(targets: Mapping[str, Any], name: str) -> Any:
+    if name not in targets:
+        raise ValueError(f"no targets {name!r}; there are {', '.join(sorted(targets)) or 'none'}")
+    return targets[name]
+
+
+def _at_step(value: float | Schedule, step: jax.Array | None, name: str) -> Any:
+    if not callable(value):
+        return value
+    if step is None:
+        raise ValueError(f"{name!r} follows a schedule: pass step")
+    return value(step)

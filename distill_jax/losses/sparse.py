@@ -1,0 +1,65 @@
+"""Logits at a few ids beside a log-sum-exp over the vocabulary: the core of every sparse loss."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def pick(logits: jax.Array, ids: jax.Array, exclude: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Takes the logits at some ids, and the log-sum-exp of all logits or of the other ones.
+
+    Summing the others separately, rather than subtracting from the whole, keeps a tail of 1e-9
+    exact in float32. The gradient is written out because it is then one pass over the vocabulary
+    and one scatter of K values; that of `take_along_axis` makes a zero array, scatters and adds.
+
+    Args:
+      logits: float32 [..., V].
+      ids: int [..., K]. An id outside [0, V) gives NaN and receives no gradient.
+      exclude: whether the log-sum-exp leaves `ids` out (they must be distinct then).
+
+    Returns:
+      picked [..., K], log_sum [...].
+    """
+    picked, _, log_sum, _ = _pick(logits, ids, exclude)
+    return picked, log_sum
+
+
+def _pick(logits: jax.Array, ids: jax.Array, exclude: bool):
+    vocabulary = logits.shape[-1]
+    ids = jnp.where(ids < 0, vocabulary, ids)  # negative ids would count from the end
+    picked = jnp.take_along_axis(logits, ids, axis=-1, mode="fill", fill_value=jnp.nan)
+    summed = _at(logits, ids, "set", jnp.full_like(picked, -jnp.inf)) if exclude else logits
+    return picked, summed, jax.nn.logsumexp(summed, axis=-1), ids
+
+
+def _pick_forward(logits: jax.Array, ids: jax.Array, exclude: bool):
+    picked, summed, log_sum, ids = _pick(logits, ids, exclude)
+    return (picked, log_sum), (summed, log_sum, ids)
+
+
+def _pick_backward(exclude: bool, residuals, cotangents):
+    del exclude
+    summed, log_sum, ids = residuals
+    picked_bar, log_sum_bar = cotangents
+    shift = jnp.where(jnp.isneginf(log_sum), 0.0, log_sum)  # nothing was summed: no weight at all
+    logits_bar = jnp.exp(summed - shift[..., None]) * log_sum_bar[..., None]
+    return _at(logits_bar, ids, "add", picked_bar), None
+
+
+pick.defvjp(_pick_forward, _pick_backward)
+
+
+def _at(values: jax.Array, ids: jax.Array, method: str, updates: jax.Array) -> jax.Array:
+    """`values.at[ids].set` or `.add` along the last axis; ids beyond it are dropped.
+
+    Leading axes are mapped, not indexed, so that a sharded batch axis stays where it is.
+    """
+
+    def update(row, ids, updates):
+        return getattr(row.at[ids], method)(updates, mode="drop")
+
+    for _ in range(values.ndim - 1):
+        update = jax.vmap(update)
+    return update(values, ids, updates)

@@ -1,0 +1,61 @@
+"""What a teacher said about each token, when all of its logits are too many to keep."""
+
+import dataclasses
+import functools
+
+import jax
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("ids", "log_probs", "log_tail"),
+    meta_fields=("temperature",),
+)
+@dataclasses.dataclass(frozen=True)
+class TopKTargets:
+    """The exact probabilities of K ids, and of everything else together.
+
+    The teacher is a distribution over K + 1 outcomes: the K ids and one bucket for the rest of
+    the vocabulary. Nothing is renormalised. Any f-divergence (both KLs, Jensen-Shannon, skewed
+    KL, total variation) between the bucketed distributions is a lower bound of the one over the
+    whole vocabulary, and equals it when K = V.
+
+    Attributes:
+      ids: int [..., K], distinct within a token.
+      log_probs: float32 [..., K], natural logarithms; -inf marks a padding slot, whose id may be
+        anything.
+      log_tail: float32 [...], logarithm of the mass outside the ids; may be -inf.
+      temperature: the temperature that the teacher's logits were divided by. A loss at another
+        temperature refuses these targets.
+    """
+
+    ids: jax.Array
+    log_probs: jax.Array
+    log_tail: jax.Array
+    temperature: float = 1.0
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("ids", "weights"),
+    meta_fields=("temperature",),
+)
+@dataclasses.dataclass(frozen=True)
+class SampledTargets:
+    """A few ids drawn so that the teacher's distribution p comes out on average.
+
+    E[sum_k weights_k onehot(ids_k)] = p, as in random sampling of logits (Anshumann et al. 2025,
+    arXiv:2503.16870). Only what is linear in p can be estimated from it, hence only `forward_kl`.
+
+    Attributes:
+      ids: int [..., K]; an id may occur more than once.
+      weights: float32 [..., K], not negative; 0 marks a padding slot, whose id may be anything.
+      temperature: as in `TopKTargets`.
+    """
+
+    ids: jax.Array
+    weights: jax.Array
+    temperature: float = 1.0
+
+
+Teacher = jax.Array | TopKTargets | SampledTargets

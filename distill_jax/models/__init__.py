@@ -1,0 +1,62 @@
+"""Llama in Flax NNX: its shapes, its forward pass, its weights in and out, generation."""
+
+from distill_jax.models.checkpoint import load, load_config, save
+from distill_jax.models.config import LlamaConfig, RopeScaling
+from distill_jax.models.generation import Completion, Sampling, generate
+from distill_jax.models.gguf import load_gguf
+from distill_jax.models.hugging_face import (
+    config_from_hugging_face,
+    config_to_hugging_face,
+    export_hugging_face,
+    load_hugging_face,
+)
+from distill_jax.models.llama import (
+    Llama,
+    Model,
+    Params,
+    abstract_params,
+    hidden_states,
+    init_params,
+    logical_axes,
+    logits,
+    merge,
+    unembedding,
+)
+from distill_jax.models.presets import (
+    LLAMA_3_1_8B,
+    LLAMA_3_1_70B,
+    LLAMA_3_2_1B,
+    LLAMA_3_2_3B,
+    SMOLLM2_135M,
+)
+
+__all__ = [
+    "LLAMA_3_1_8B",
+    "LLAMA_3_1_70B",
+    "LLAMA_3_2_1B",
+    "LLAMA_3_2_3B",
+    "SMOLLM2_135M",
+    "Completion",
+    "Llama",
+    "LlamaConfig",
+    "Model",
+    "Params",
+    "RopeScaling",
+    "Sampling",
+    "abstract_params",
+    "config_from_hugging_face",
+    "config_to_hugging_face",
+    "export_hugging_face",
+    "generate",
+    "hidden_states",
+    "init_params",
+    "load",
+    "load_config",
+    "load_gguf",
+    "load_hugging_face",
+    "logical_axes",
+    "logits",
+    "merge",
+    "save",
+    "unembedding",
+]

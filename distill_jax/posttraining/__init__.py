@@ -1,0 +1,83 @@
+"""Post-training: chat templates, SFT, rejection sampling against verifiable tasks, DPO."""
+
+from distill_jax.posttraining.answers import Answer, accuracy, answer
+from distill_jax.posttraining.chat import (
+    CHATML,
+    CHATML_SPECIALS,
+    Example,
+    Message,
+    chat_template,
+    encode_chat,
+    encode_prompt,
+    end_of_turn,
+    render,
+)
+from distill_jax.posttraining.dpo import (
+    DpoConfig,
+    Pair,
+    dpo_loss,
+    encode_pair,
+    pair_rows,
+    sampled_pairs,
+    with_reference,
+)
+from distill_jax.posttraining.log_probs import label_log_probs, sequence_log_probs
+from distill_jax.posttraining.rejection import (
+    RejectionConfig,
+    choose,
+    chosen_examples,
+    read_samples,
+    sample,
+    write_samples,
+)
+from distill_jax.posttraining.rows import Record, pack
+from distill_jax.posttraining.sft import SftConfig, sft_loss, sft_rows
+from distill_jax.posttraining.tasks import (
+    TASKS,
+    Problem,
+    Task,
+    demonstrations,
+    load_task,
+    to_messages,
+)
+
+__all__ = [
+    "CHATML",
+    "CHATML_SPECIALS",
+    "TASKS",
+    "Answer",
+    "DpoConfig",
+    "Example",
+    "Message",
+    "Pair",
+    "Problem",
+    "Record",
+    "RejectionConfig",
+    "SftConfig",
+    "Task",
+    "accuracy",
+    "answer",
+    "chat_template",
+    "choose",
+    "chosen_examples",
+    "demonstrations",
+    "dpo_loss",
+    "encode_chat",
+    "encode_pair",
+    "encode_prompt",
+    "end_of_turn",
+    "label_log_probs",
+    "load_task",
+    "pack",
+    "pair_rows",
+    "read_samples",
+    "render",
+    "sample",
+    "sampled_pairs",
+    "sequence_log_probs",
+    "sft_loss",
+    "sft_rows",
+    "to_messages",
+    "with_reference",
+    "write_samples",
+]

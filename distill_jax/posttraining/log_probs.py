@@ -1,0 +1,67 @@
+"""Log-probabilities of whole sequences, without the logits of all their tokens at once."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from distill_jax import losses
+from distill_jax.models import LlamaConfig, hidden_states, unembedding
+from distill_jax.models.llama import Remat
+
+
+def label_log_probs(
+    hidden_ND: Array, unembedding_DV: Array, labels_N: Array, *, chunk: int = 1024
+) -> Array:
+    """log p(label) of each token, [N] float32, from logits of `chunk` tokens at a time.
+
+    The backward pass recomputes a chunk's logits, so it needs no more than the forward pass. The
+    gradient of the unembedding is summed over chunks in float32.
+    """
+    tokens = hidden_ND.shape[0]
+    chunk = min(chunk, tokens)
+    padding = -tokens % chunk
+    hidden_ND = jnp.pad(hidden_ND, ((0, padding), (0, 0)))
+    labels_N = jnp.pad(labels_N, (0, padding))
+    wide_DV = unembedding_DV.astype(jnp.float32)
+
+    @jax.checkpoint
+    def of_chunk(arguments: tuple[Array, Array]) -> Array:
+        hidden, labels = arguments
+        logits = jnp.einsum(
+            "ND,DV->NV",
+            hidden,
+            wide_DV.astype(unembedding_DV.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return losses.token_log_probs(logits, labels)
+
+    chunks = (hidden_ND.reshape(-1, chunk, hidden_ND.shape[1]), labels_N.reshape(-1, chunk))
+    return jax.lax.map(of_chunk, chunks).reshape(-1)[:tokens]
+
+
+def sequence_log_probs(
+    config: LlamaConfig,
+    params: Any,
+    row: dict[str, Array],
+    *,
+    chunk: int = 1024,
+    remat: Remat = "none",
+) -> Array:
+    """Sum of log p(label) over the tokens of each row where `row["where"]`, [B] float32.
+
+    Args:
+      config: the model's shape.
+      params: its parameters.
+      row: "tokens", "segment_ids", "labels" and "where", each [B, T].
+      chunk: tokens whose logits are held at a time.
+      remat: what the backward pass recomputes inside a layer.
+    """
+    hidden_BTD = hidden_states(config, params, row["tokens"], row["segment_ids"], remat=remat)
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    log_probs_N = label_log_probs(
+        hidden_ND, unembedding(params), row["labels"].reshape(-1), chunk=chunk
+    )
+    log_probs_BT = log_probs_N.reshape(row["labels"].shape)
+    return jnp.sum(jnp.where(row["where"], log_probs_BT, 0.0), axis=-1)

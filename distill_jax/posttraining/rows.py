@@ -1,0 +1,72 @@
+"""Packs examples into rows of one length, as `data.batches` takes them."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from distill_jax.artifacts import InputError
+from distill_jax.posttraining.chat import Example
+
+Record = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class _Row:
+    """Examples that share a row."""
+
+    examples: list[Example]
+    free: int
+
+
+def pack(examples: Iterable[Example], sequence_length: int, *, pad_id: int = 0) -> list[Record]:
+    """Rows of exactly `sequence_length` tokens, each example whole in one of them.
+
+    An example goes into the first row that has room, in the order given, so that the same
+    examples make the same rows.
+
+    Args:
+      examples: tokens, and which of them are to be learnt.
+      sequence_length: length T of a row.
+      pad_id: the token that fills up a row.
+
+    Returns:
+      Records of arrays [T]: "tokens" int32; "segment_ids" int32, 1, 2, ... by example and 0 in
+      padding; "labels" int32, the next token of the same example; "where" bool, True where that
+      next token is to be learnt.
+
+    Raises:
+      InputError: an example is longer than a row, or has nothing to learn.
+    """
+    rows: list[_Row] = []
+    for index, example in enumerate(examples):
+        length = len(example.tokens)
+        if length > sequence_length:
+            raise InputError(f"example {index}: {length} tokens do not fit in {sequence_length}")
+        if not any(example.where[1:]):
+            raise InputError(f"example {index}: no token to learn")
+        row = next((row for row in rows if row.free >= length), None)
+        if row is None:
+            rows.append(row := _Row([], sequence_length))
+        row.examples.append(example)
+        row.free -= length
+    return [to_record(row.examples, sequence_length, pad_id=pad_id) for row in rows]
+
+
+def to_record(examples: Sequence[Example], sequence_length: int, *, pad_id: int = 0) -> Record:
+    """One row that holds `examples` one after the other; see `pack`."""
+    record = {
+        "tokens": np.full(sequence_length, pad_id, np.int32),
+        "segment_ids": np.zeros(sequence_length, np.int32),
+        "labels": np.full(sequence_length, pad_id, np.int32),
+        "where": np.zeros(sequence_length, bool),
+    }
+    start = 0
+    for segment, example in enumerate(examples, start=1):
+        end = start + len(example.tokens)
+        record["tokens"][start:end] = example.tokens
+        record["segment_ids"][start:end] = segment
+        record["labels"][start : end - 1] = example.tokens[1:]
+        record["where"][start : end - 1] = example.where[1:]
+        start = end
+    return record

@@ -1,0 +1,201 @@
+"""Least-squares repair: what a projection read from dropped inputs, it now reads from kept ones.
+
+A linear map W sees X = [X_kept, X_dropped]. The best linear guess of the dropped inputs from the
+kept ones over the calibration tokens is X_kept A with A = (G_kk + ridge)^-1 G_kd, G = X^T X; so the
+rows of W that survive become W_kept + A W_dropped, the ridge solution of the least squares problem
+X_kept W' ~ X W. Meta's "adjusting the magnitude of the weights" in closed form; compare the
+interpolative decompositions of Chee et al. 2022.
+
+Dimensions as in `distill_jax.models`; I inputs and O outputs of a projection, with L' kept layers.
+"""
+
+import functools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from distill_jax import models, parallel
+from distill_jax.artifacts import InputError
+from distill_jax.pruning.activations import Batch, tokens_and_segments
+from distill_jax.pruning.plan import Plan
+
+Grams = dict[str, Array]
+"""X^T X of projections' inputs by name, float32 [L, I, I] ("final": [I, I]), and "tokens" []."""
+
+_READERS = {
+    "attention_input": ("attention", ("query", "key", "value")),
+    "heads": ("attention", ("output",)),
+    "mlp_input": ("mlp", ("gate", "up")),
+    "neurons": ("mlp", ("down",)),
+}
+"""Activation -> the projections that read it."""
+
+_MATRIX_AXES = ("layers", "rows", "columns")
+_MATRIX_RULES = {"layers": None, "rows": "fsdp", "columns": "tensor"}
+
+
+def grams(
+    model: models.Model, plan: Plan, batches: Iterable[Batch], *, mesh: Mesh | None = None
+) -> Grams:
+    """Sums X^T X over calibration tokens for each activation that the plan cuts.
+
+    One forward pass; memory is that of the matrices, L F^2 for the largest, split over the mesh.
+
+    Args:
+      model: the model before pruning.
+      plan: says which activations lose a part.
+      batches: calibration batches; padding is left out.
+      mesh: where rows and matrices are split; None leaves that to JAX.
+
+    Raises:
+      InputError: there are no batches.
+    """
+    names = tuple(name for name, kept in _kept(plan).items() if kept.shape[-1] < _width(plan, name))
+    if not names:
+        return {}
+    sharding = parallel.batch_sharding(mesh) if mesh else None
+    total: Grams | None = None
+    for batch in batches:
+        tokens, segments = tokens_and_segments(batch, sharding)
+        new = _batch_grams(model.params, tokens, segments, model.config, names, mesh)
+        total = new if total is None else _add(total, new)
+    if total is None:
+        raise InputError("there are no calibration batches for the repair")
+    return total
+
+
+def repair(plan: Plan, params: models.Params, sums: Grams, *, ridge: float = 1e-2) -> models.Params:
+    """Parameters of the FULL model whose cut by `apply_plan` is the repaired student.
+
+    Only rows that the plan keeps change, and only of projections whose inputs are cut. Pure and
+    jit-able: `jit(lambda params, sums: apply_plan(plan, repair(plan, params, sums)))`.
+
+    A tied unembedding is left alone, since its matrix is the embedding too.
+
+    Args:
+      plan: what will be kept.
+      params: the full model's parameters.
+      sums: of `grams`.
+      ridge: added to each kept input's power, as a fraction of that power, together with kept
+        inputs / tokens: coefficients that few tokens cannot determine shrink towards the plain
+        cut, which would otherwise be the better student.
+    """
+    kept = _kept(plan)
+    layers = dict(params["layers"])
+    for name, (block, readers) in _READERS.items():
+        if name in sums:
+            weights = tuple(layers[block][reader] for reader in readers)
+            damping = ridge + kept[name].shape[-1] / sums["tokens"]
+            new = _absorb(weights, sums[name], plan.layers, kept[name], damping)
+            layers[block] = layers[block] | dict(zip(readers, new, strict=True))
+    params = params | {"layers": layers}
+    if "final" in sums:
+        weights = (params["unembedding"][None],)
+        damping = ridge + kept["final"].shape[-1] / sums["tokens"]
+        new = _absorb(weights, sums["final"][None], np.zeros(1, int), kept["final"], damping)
+        params = params | {"unembedding": new[0][0]}
+    return params
+
+
+def _kept(plan: Plan) -> dict[str, np.ndarray]:
+    """Kept inputs [L', I'] of every activation; heads and their channels count as one axis."""
+    embed = np.broadcast_to(plan.embed, (len(plan.layers), len(plan.embed)))
+    heads = plan.heads[..., None] * plan.source.head_dim + plan.head_dim
+    kept = {
+        "attention_input": embed,
+        "heads": heads.reshape(len(plan.layers), -1),
+        "mlp_input": embed,
+        "neurons": plan.mlp,
+    }
+    return kept if plan.target.tied else kept | {"final": plan.embed[None]}
+
+
+def _width(plan: Plan, name: str) -> int:
+    source = plan.source
+    return {"heads": source.heads * source.head_dim, "neurons": source.mlp}.get(name, source.embed)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _batch_grams(
+    params: models.Params,
+    tokens_BT: Array,
+    segment_ids_BT: Array,
+    config: models.LlamaConfig,
+    names: tuple[str, ...],
+    mesh: Mesh | None,
+) -> Grams:
+    where_BT = segment_ids_BT > 0
+
+    def gram(x: Array) -> Array:
+        x = x.reshape(*where_BT.shape, -1)
+        x = jnp.where(where_BT[..., None], x, 0)
+        return jnp.einsum("BTI,BTJ->IJ", x, x, preferred_element_type=jnp.float32)
+
+    hidden, sums = models.hidden_states(
+        config,
+        params,
+        tokens_BT,
+        segment_ids_BT,
+        observe=lambda layer: {name: gram(layer[name]) for name in names if name != "final"},
+    )
+    if "final" in names:
+        sums["final"] = gram(hidden)
+    if mesh is not None:
+        axes = {name: _MATRIX_AXES[-x.ndim :] for name, x in sums.items()}
+        placed = parallel.shardings(mesh, axes, sums, _MATRIX_RULES)
+        sums = jax.lax.with_sharding_constraint(sums, placed)
+    sums["tokens"] = jnp.sum(where_BT, dtype=jnp.float32)
+    return sums
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total: Grams, new: Grams) -> Grams:
+    return jax.tree.map(jnp.add, total, new)
+
+
+def _absorb(
+    weights: tuple[Array, ...],
+    gram_LII: Array,
+    layers: np.ndarray,
+    kept: np.ndarray,
+    damping: Array,
+) -> tuple[Array, ...]:
+    """Each weight [L, inputs..., outputs...] with its kept rows reading for the dropped ones."""
+    L, inputs, _ = gram_LII.shape
+    everything = np.arange(inputs)
+    dropped = np.stack([np.setdiff1d(everything, row) for row in kept])
+
+    def one(layer: tuple[tuple[Array, ...], Array, Array, Array]) -> tuple[Array, ...]:
+        weights_IO, gram, kept, dropped = layer
+        guess = _regression(gram, kept, dropped, damping)
+        return tuple(w[kept] + _exact_dot(guess, w[dropped]) for w in weights_IO)
+
+    flat = tuple(jnp.asarray(weight).reshape(L, inputs, -1) for weight in weights)
+    chosen = tuple(weight[layers].astype(jnp.float32) for weight in flat)
+    rows = jax.lax.map(one, (chosen, gram_LII[layers], jnp.asarray(kept), jnp.asarray(dropped)))
+    return tuple(
+        weight.at[layers[:, None], kept].set(new.astype(weight.dtype)).reshape(old.shape)
+        for weight, new, old in zip(flat, rows, weights, strict=True)
+    )
+
+
+def _regression(gram: Array, kept: Array, dropped: Array, damping: Array) -> Array:
+    """Ridge coefficients [I', I - I'] that predict dropped inputs from kept ones.
+
+    Inputs are scaled to unit power first: the damping then weighs on all of them alike, though a
+    few channels of a Llama are a thousand times louder than the rest, and float32 suffices.
+    """
+    power = jnp.diagonal(gram)
+    size = jnp.sqrt(jnp.where(power > 0, power, 1.0))
+    correlation = gram / size[:, None] / size[None, :]
+    inner = correlation[kept][:, kept]
+    factor = jax.scipy.linalg.cho_factor(inner + damping * jnp.eye(len(kept)))
+    coefficients = jax.scipy.linalg.cho_solve(factor, correlation[kept][:, dropped])
+    return coefficients * size[dropped] / size[kept][:, None]
+
+
+_exact_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

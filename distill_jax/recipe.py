@@ -1,0 +1,322 @@
+"""A recipe: frozen dataclasses that describe a whole run, stage by stage."""
+
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import pydantic
+
+from distill_jax import losses
+from distill_jax.artifacts import InputError, resolve
+from distill_jax.data import CorpusConfig
+from distill_jax.evaluation import EvaluationConfig
+from distill_jax.models import LlamaConfig
+from distill_jax.parallel import MeshConfig
+from distill_jax.posttraining import TASKS, DpoConfig, RejectionConfig, SftConfig
+from distill_jax.pruning import PruneConfig
+from distill_jax.teachers import Scheme, WriteConfig
+from distill_jax.training import TrainConfig
+
+Control = Literal["cross_entropy", "random_start"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Where the tokenizer comes from: exactly one of the two is given.
+
+    Attributes:
+      source: a GGUF file, a Hugging Face folder, or a `tokenizer.model`.
+      vocab_size: train a byte-level BPE of this size on the training text.
+    """
+
+    source: str | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.vocab_size is None):
+            raise InputError("tokenizer: give either source or vocab_size")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """One teacher. It starts from exactly one of `source`, `teacher` and `shape`.
+
+    Attributes:
+      source: a checkpoint directory, a GGUF file or a Hugging Face folder.
+      teacher: the name of a teacher earlier in the recipe.
+      shape: random parameters of this shape.
+      train: training on the corpus's next tokens before it teaches: pre-training of a random
+        start, teacher correction of another (Minitron, 2024: a teacher that was not trained on
+        the distillation corpus first costs the student over 6% of its loss). None: as it is.
+    """
+
+    source: str | None = None
+    teacher: str | None = None
+    shape: LlamaConfig | None = None
+    train: TrainConfig | None = None
+
+    def __post_init__(self) -> None:
+        if [self.source, self.teacher, self.shape].count(None) != 2:
+            raise InputError("teachers: give exactly one of source, teacher and shape")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetsConfig:
+    """What is stored of every teacher's distributions over the training tokens.
+
+    Attributes:
+      schemes: store name -> scheme; one forward pass fills them all.
+      temperature: what the logits are divided by.
+      write: how the teacher is run.
+    """
+
+    schemes: Mapping[str, Scheme]
+    temperature: float = 1.0
+    write: WriteConfig = WriteConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Term:
+    """One teacher's part of the distillation loss.
+
+    Attributes:
+      weight: its weight in the sum.
+      divergence: name of a divergence in `distill_jax.losses`.
+      targets: name of the store, a key of `TargetsConfig.schemes`.
+      options: further keyword arguments of the divergence, such as {"alpha": 0.1}.
+    """
+
+    weight: float
+    divergence: str = "forward_kl"
+    targets: str = "samples"
+    options: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not callable(getattr(losses, self.divergence, None)):
+            raise InputError(f"divergence: {self.divergence!r} is not in distill_jax.losses")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Continued pretraining of the pruned student.
+
+    Attributes:
+      terms: teacher name -> its part of the loss.
+      hard_weight: weight of the cross-entropy with the text itself.
+      train: how the run goes; its seed is replaced by each of the recipe's.
+    """
+
+    terms: Mapping[str, Term]
+    hard_weight: float
+    train: TrainConfig
+
+    def objective(self, temperature: float) -> losses.Objective:
+        """The loss; `temperature` is that of the stored targets."""
+        terms = {
+            name: (
+                term.weight,
+                losses.distill(
+                    name,
+                    getattr(losses, term.divergence),
+                    temperature=temperature,
+                    **term.options,
+                ),
+            )
+            for name, term in self.terms.items()
+        }
+        return losses.weighted_sum(hard=(self.hard_weight, losses.hard_labels()), **terms)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PostTrainingConfig:
+    """From the distilled model to one that answers: SFT, rejection sampling, DPO.
+
+    Attributes:
+      task: the verifiable task, a key of `posttraining.TASKS`.
+      problems: at most so many training problems are used; None for all.
+      sft: rows and loss of supervised fine-tuning.
+      sft_train: how it goes.
+      rejection: how answers are drawn and chosen.
+      rejection_train: fine-tuning on the chosen answers.
+      dpo: pairs and loss of preference optimisation.
+      dpo_train: how it goes.
+    """
+
+    task: str
+    problems: int | None = None
+    sft: SftConfig = SftConfig()
+    sft_train: TrainConfig
+    rejection: RejectionConfig = RejectionConfig()
+    rejection_train: TrainConfig
+    dpo: DpoConfig = DpoConfig()
+    dpo_train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise InputError(f"posttraining.task: {self.task!r} is none of {', '.join(TASKS)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run.
+
+    Attributes:
+      name: names the run's directory.
+      tokenizer: the tokenizer of teachers and student.
+      corpus: the text and its rows.
+      teachers: name -> teacher, in the order they are made; the first is the one the student is
+        compared with first.
+      targets: what is stored of them.
+      pruned_teacher: name of the teacher that is cut.
+      prune: the student's shape, importance, plan and repair.
+      distill: the student's training.
+      controls: what else is trained on as many tokens: "cross_entropy" from the same pruned start
+        without teachers, "random_start" with the teachers from random parameters.
+      seeds: one distilled student, and one of each control, for each.
+      posttraining: SFT, rejection sampling and DPO of the first seed's student; None: none.
+      evaluation: batch sizes of the evaluation.
+      prompts: texts that the report lets the models continue.
+      notes: caveats that a reader of the report must know.
+      mesh: how devices are arranged.
+    """
+
+    name: str
+    tokenizer: TokenizerConfig
+    corpus: CorpusConfig
+    teachers: Mapping[str, TeacherConfig]
+    targets: TargetsConfig
+    pruned_teacher: str
+    prune: PruneConfig
+    distill: DistillConfig
+    controls: tuple[Control, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    posttraining: PostTrainingConfig | None = None
+    evaluation: EvaluationConfig = EvaluationConfig()
+    prompts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        if not self.teachers:
+            raise InputError("teachers: a recipe needs at least one")
+        if not self.seeds:
+            raise InputError("seeds: a recipe needs at least one")
+        made: list[str] = []
+        for name, teacher in self.teachers.items():
+            if name == "hard":
+                raise InputError("teachers: 'hard' names the text itself; choose another name")
+            if teacher.teacher is not None and teacher.teacher not in made:
+                raise InputError(f"teachers.{name}.teacher: no teacher {teacher.teacher!r} before")
+            made.append(name)
+        if self.pruned_teacher not in self.teachers:
+            raise InputError(f"pruned_teacher: {self.pruned_teacher!r} is none of {made}")
+        for name, term in self.distill.terms.items():
+            if name not in self.teachers:
+                raise InputError(f"distill.terms: {name!r} is none of the teachers {made}")
+            if term.targets not in self.targets.schemes:
+                raise InputError(
+                    f"distill.terms.{name}.targets: {term.targets!r} is none of the stores "
+                    f"{list(self.targets.schemes)}"
+                )
+
+
+def to_json(value: Any) -> Any:
+    """A JSON value that differs whenever the configuration does."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return fields | ({"name": value.name} if hasattr(value, "name") else {})
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Runs `get_config` of a Python file and applies overrides.
+
+    Args:
+      path: the file.
+      overrides: texts "name=value". A name that is a parameter of `get_config`, such as "size",
+        is given to it; any other is the dotted name of a field of the recipe.
+
+    Raises:
+      InputError: no such file or function, an unknown name, or a value of the wrong type.
+    """
+    place = resolve(path)
+    spec = importlib.util.spec_from_file_location("distill_jax_config", place)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses defined in the file look themselves up by their module's name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    get_config: Callable[..., Recipe] | None = getattr(module, "get_config", None)
+    if get_config is None:
+        raise InputError(f"{path}: has no function get_config")
+    parameters = inspect.signature(get_config).parameters
+    arguments, fields = {}, []
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set {text}: write it as name=value")
+        if name in parameters:
+            hint = typing.get_type_hints(get_config).get(name, str)
+            arguments[name] = _parse(name, value, hint)
+        else:
+            fields.append((name, value))
+    recipe = get_config(**arguments)
+    for name, value in fields:
+        recipe = _replace(recipe, name, name.split("."), value, type(recipe))
+    return recipe
+
+
+def _replace(node: Any, name: str, path: list[str], text: str, hint: Any) -> Any:
+    """`node` with the field at `path` parsed from `text`."""
+    if not path:
+        return _parse(name, text, hint)
+    key, rest = path[0], path[1:]
+    if isinstance(node, Mapping):
+        known, hints = list(node), dict.fromkeys(node, type(node.get(key)))
+    elif dataclasses.is_dataclass(node):
+        known = [field.name for field in dataclasses.fields(node)]
+        hints = typing.get_type_hints(type(node))
+    else:
+        raise InputError(f"--set {name}: there is nothing below {'.'.join(name.split('.')[:-1])!r}")
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint_text = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        raise InputError(f"--set {name}: unknown field {key!r}; {hint_text}")
+    child = node[key] if isinstance(node, Mapping) else getattr(node, key)
+    value = _replace(child, name, rest, text, hints[key])
+    if isinstance(node, Mapping):
+        return {**node, key: value}
+    return dataclasses.replace(node, **{key: value})
+
+
+def _parse(name: str, text: str, hint: Any) -> Any:
+    """`text` as a value of the type `hint`: JSON where it is JSON, else the text itself."""
+    candidates: list[Any] = [text]
+    try:
+        value = json.loads(text)
+        candidates = [value, text] if hint is not str else [text]
+    except ValueError:
+        pass
+    try:
+        adapter = pydantic.TypeAdapter(hint)
+    except pydantic.errors.PydanticSchemaGenerationError:
+        raise InputError(f"--set {name}: cannot be set as a whole; set its fields") from None
+    problems = []
+    for candidate in candidates:
+        try:
+            return adapter.validate_python(candidate)
+        except pydantic.ValidationError as error:
+            problems.append(error.errors()[0]["msg"])
+    raise InputError(f"--set {name}={text}: {problems[0]}")

@@ -1,0 +1,116 @@
+"""What every stage of a run shares: the recipe, the directory, and how to read earlier stages."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from distill_jax import data, models, parallel, training
+from distill_jax.recipe import Recipe
+
+CORPUS = "corpus"
+PRUNE = "prune"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a recipe in a directory.
+
+    Attributes:
+      recipe: what to do.
+      directory: where every stage has a directory of its name.
+      commands: what a person types to make this run, for the report.
+    """
+
+    recipe: Recipe
+    directory: epath.Path
+    commands: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return parallel.make_mesh(self.recipe.mesh)
+
+    @functools.cached_property
+    def tokenizer(self) -> data.Tokenizer:
+        """The tokenizer that the corpus was made with."""
+        return data.load_tokenizer(self.directory / CORPUS)
+
+    def corpus(self, split: str) -> data.Corpus:
+        """One split of the corpus."""
+        return data.open_corpus(self.directory / CORPUS, split, tokenizer=self.tokenizer)
+
+    def load(self, stage: str) -> models.Model:
+        """The model that a stage left, spread over the mesh."""
+        config = models.load_config(self.directory / stage)
+        return models.load(self.directory / stage, shardings=self.shardings(config))
+
+    def shardings(self, config: models.LlamaConfig) -> Any:
+        """Where the parameters of a model of this shape live."""
+        return parallel.shardings(
+            self.mesh, models.logical_axes(config), models.abstract_params(config)
+        )
+
+    def save(self, place: epath.Path, model: models.Model) -> None:
+        """Leaves a model with its tokenizer: a directory that is a teacher for other recipes."""
+        models.save(place, model)
+        self.tokenizer.save(place)
+
+    def train(
+        self,
+        place: epath.Path,
+        model: models.Model,
+        loss_fn: training.LossFn,
+        rows: data.RowSource,
+        config: training.TrainConfig,
+    ) -> dict[str, Any]:
+        """Trains a model on rows, leaves it in `place`, and returns the run's figures."""
+        batches = data.batches(
+            rows,
+            batch_rows=config.batch_rows,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        name = str(place.relative_to(self.directory))
+        trained = training.train(model, loss_fn, batches, config, place, name=name, mesh=self.mesh)
+        self.save(place, trained)
+        # The model is whole; what only served to go on after a kill need not stay on disk.
+        (place / "checkpoints").rmtree(missing_ok=True)
+        return _figures(training.read_metrics(place / "metrics.jsonl"))
+
+
+def teacher(name: str) -> str:
+    """The stage that makes a teacher."""
+    return f"teachers/{name}"
+
+
+def targets(name: str) -> str:
+    """The stage that stores a teacher's distributions."""
+    return f"targets/{name}"
+
+
+def student(seed: int) -> str:
+    """The stage that distills one student."""
+    return f"distill/seed-{seed}"
+
+
+def control(kind: str, seed: int) -> str:
+    """The stage that trains one control."""
+    return f"controls/{kind}/seed-{seed}"
+
+
+def _figures(metrics: list[dict[str, float]]) -> dict[str, Any]:
+    """Where a run ended: the mean of its last tenth, since one batch is noisy."""
+    last = metrics[-max(len(metrics) // 10, 1) :]
+    means = {
+        name: sum(line[name] for line in last) / len(last)
+        for name in last[0]
+        if name not in ("step", "tokens")
+    }
+    ends: Mapping[str, Any] = metrics[-1]
+    return {"steps": ends["step"], "tokens": ends["tokens"], **means}

@@ -1,0 +1,99 @@
+"""sft, rejection-sample and dpo: from a model of text to one that answers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from distill_jax import models, posttraining, training
+from distill_jax.artifacts import InputError
+from distill_jax.pipeline import Stage
+from distill_jax.recipe import PostTrainingConfig, to_json
+from distill_jax.stages import context
+from distill_jax.stages.context import CORPUS, Run
+
+SFT, REJECTION, DPO = "sft", "rejection-sample", "dpo"
+
+
+def stages(run: Run) -> list[Stage]:
+    """The three stages, each of which starts from the one before; none without a recipe for it."""
+    config = run.recipe.posttraining
+    if config is None:
+        return []
+    start = context.student(run.recipe.seeds[0])
+    described = to_json(config)
+    task = {name: described[name] for name in ("task", "problems")}
+
+    def stage(name: str, parts: tuple[str, ...], inputs: tuple[str, ...], work: Any) -> Stage:
+        return Stage(
+            name=name,
+            command=name,
+            recipe=task | {part: described[part] for part in parts},
+            inputs=(CORPUS, *inputs),
+            work=lambda place: work(run, config, place),
+        )
+
+    return [
+        stage(SFT, ("sft", "sft_train"), (start,), _sft),
+        stage(REJECTION, ("sft", "rejection", "rejection_train"), (SFT,), _rejection),
+        stage(DPO, ("rejection", "dpo", "dpo_train"), (REJECTION,), _dpo),
+    ]
+
+
+def _problems(config: PostTrainingConfig) -> tuple[posttraining.Task, list[posttraining.Problem]]:
+    task = posttraining.load_task(config.task)
+    return task, list(task.train[: config.problems])
+
+
+def _train(
+    run: Run,
+    place: epath.Path,
+    model: models.Model,
+    loss_fn: training.LossFn,
+    rows: Sequence[Any],
+    config: training.TrainConfig,
+) -> dict[str, Any]:
+    """Trains on a few rows: a set smaller than a batch is repeated whole until it fills one."""
+    repeats = -(-config.batch_rows // len(rows))
+    return {"rows": len(rows), **run.train(place, model, loss_fn, [*rows] * repeats, config)}
+
+
+def _sft(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, Any]:
+    model = run.load(context.student(run.recipe.seeds[0]))
+    _, problems = _problems(config)
+    rows = posttraining.sft_rows(run.tokenizer, posttraining.demonstrations(problems), config.sft)
+    loss_fn = posttraining.sft_loss(model.config, config.sft)
+    return _train(run, place, model, loss_fn, rows, config.sft_train)
+
+
+def _rejection(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, Any]:
+    model = run.load(SFT)
+    task, problems = _problems(config)
+    figures = posttraining.write_samples(
+        place / "samples", model, run.tokenizer, task, problems, config.rejection
+    )
+    records = posttraining.read_samples(place / "samples")
+    examples = posttraining.chosen_examples(run.tokenizer, records, config.rejection.template)
+    if not examples:
+        raise InputError(
+            f"{place}: no sample of {figures['samples']} was good enough to choose; train longer "
+            "before, draw more samples, or lower posttraining.rejection.threshold"
+        )
+    rows = posttraining.sft_rows(run.tokenizer, examples, config.sft)
+    loss_fn = posttraining.sft_loss(model.config, config.sft)
+    return {**figures, **_train(run, place, model, loss_fn, rows, config.rejection_train)}
+
+
+def _dpo(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, Any]:
+    model = run.load(REJECTION)
+    records = posttraining.read_samples(run.directory / REJECTION / "samples")
+    pairs = posttraining.sampled_pairs(run.tokenizer, records, config.rejection.template)
+    if not pairs:
+        raise InputError(
+            f"{run.directory / REJECTION}: no problem has both a right and a wrong answer; draw "
+            "more samples, or raise posttraining.rejection.temperature"
+        )
+    rows = posttraining.pair_rows(pairs, config.dpo, pad_id=run.tokenizer.pad_id)
+    rows = posttraining.with_reference(model, rows, config.dpo)
+    loss_fn = posttraining.dpo_loss(model.config, config.dpo)
+    return _train(run, place, model, loss_fn, rows, config.dpo_train)

@@ -1,0 +1,226 @@
+"""report: the page that shows a whole run, filled from what the stages left."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from distill_jax import artifacts, evaluation, pipeline, pruning
+from distill_jax.pipeline import Stage
+from distill_jax.recipe import Recipe
+from distill_jax.stages import context
+from distill_jax.stages.context import PRUNE, Run
+
+_STUDENT, _PRUNED = "distilled", "pruned"
+_CONTROL_NAMES = {
+    "cross_entropy": ("cross-entropy only", "the same pruned start, without teachers"),
+    "random_start": ("random start", "the same targets, from random parameters"),
+}
+_POSTTRAINING = {
+    "sft": ("+ SFT", "answers learnt from demonstrations"),
+    "rejection-sample": ("+ rejection sampling", "its own best answers, picked by a verifier"),
+    "dpo": ("+ DPO", "right answers preferred to wrong ones"),
+}
+
+
+def stages(run: Run) -> list[Stage]:
+    """The last stage, which reads all others."""
+    recipe = run.recipe
+    inputs = [
+        PRUNE,
+        *map(context.targets, recipe.teachers),
+        *map(context.student, recipe.seeds),
+        *(context.control(kind, seed) for kind in recipe.controls for seed in recipe.seeds),
+        "evaluate",
+        "export",
+    ]
+    return [
+        Stage(
+            name="report",
+            command="report",
+            recipe={"title": recipe.name},
+            inputs=inputs,
+            work=functools.partial(_work, run),
+        )
+    ]
+
+
+def _work(run: Run, place: epath.Path) -> dict[str, Any]:
+    recipe = run.recipe
+    evaluated = pipeline.read_manifest(run.directory / "evaluate")["figures"]
+    names = _row_names(recipe)
+    report = evaluation.Report(
+        title=recipe.name,
+        teacher=names[context.teacher(next(iter(recipe.teachers)))],
+        pruned=_PRUNED,
+        student=_STUDENT,
+        rows=_rows(recipe, evaluated["models"]),
+        splits=("held_out", "out_of_domain") if recipe.corpus.out_of_domain else ("held_out",),
+        cut=_cut(run),
+        curves=_curves(run),
+        curve_metrics=_curve_metrics(recipe),
+        prompts=[_prompt(prompt, names) for prompt in evaluated["prompts"]],
+        targets=_stored_targets(run),
+        stages=_finished(run),
+        commands=run.commands,
+        versions=pipeline.versions(),
+        notes=recipe.notes,
+    )
+    evaluation.write_report(place, report)
+    return {"page": "index.html"}
+
+
+def _row_names(recipe: Recipe) -> dict[str, str]:
+    """What the page calls the model of a stage."""
+    names = {PRUNE: _PRUNED, context.student(recipe.seeds[0]): _STUDENT}
+    return names | {context.teacher(name): name for name in recipe.teachers}
+
+
+def _rows(recipe: Recipe, figures: Mapping[str, Any]) -> list[evaluation.Row]:
+    def one(stage: str) -> dict[str, Any]:
+        found = dict(figures[stage])
+        for split in ("held_out", "out_of_domain"):
+            if split in found:
+                renamed = {
+                    key: {_teacher_name(stage): value for stage, value in found[split][key].items()}
+                    for key in ("kl", "agreement")
+                }
+                found[split] = {**found[split], **renamed}
+        return found
+
+    rows = []
+    for name, teacher in recipe.teachers.items():
+        note = f"{teacher.teacher} after fine-tuning on the corpus" if teacher.teacher else ""
+        rows.append(
+            evaluation.Row(
+                name=name,
+                kind="teacher",
+                runs=[one(context.teacher(name))],
+                note=note,
+            )
+        )
+    rows.append(
+        evaluation.Row(name=_PRUNED, kind="pruned", runs=[one(PRUNE)], note="before training")
+    )
+    for kind in recipe.controls:
+        name, note = _CONTROL_NAMES[kind]
+        runs = [one(context.control(kind, seed)) for seed in recipe.seeds]
+        rows.append(evaluation.Row(name=name, kind="control", runs=runs, note=note))
+    runs = [one(context.student(seed)) for seed in recipe.seeds]
+    rows.append(evaluation.Row(name=_STUDENT, kind="distilled", runs=runs))
+    if recipe.posttraining is not None:
+        for stage, (name, note) in _POSTTRAINING.items():
+            rows.append(
+                evaluation.Row(name=name, kind="post-trained", runs=[one(stage)], note=note)
+            )
+    return rows
+
+
+def _teacher_name(stage: str) -> str:
+    return stage.removeprefix("teachers/")
+
+
+def _cut(run: Run) -> evaluation.Cut:
+    plan = pruning.Plan.load(run.directory / PRUNE / pruning.PLAN_FILE)
+    scores = pruning.Scores.load(run.directory / PRUNE / pruning.SCORES_FILE)
+    sizes = [
+        (label, getattr(plan.source, field), getattr(plan.target, field))
+        for label, field in (
+            ("layers", "layers"),
+            ("hidden channels", "embed"),
+            ("query heads", "heads"),
+            ("KV groups", "kv_heads"),
+            ("MLP neurons", "mlp"),
+            ("head dimension", "head_dim"),
+        )
+    ]
+    sizes.append(("parameters", plan.source.parameters, plan.target.parameters))
+    return evaluation.Cut(
+        sizes=sizes,
+        block_influence=np.asarray(scores.layers).tolist(),
+        heads=np.asarray(scores.heads).tolist(),
+        neurons=np.asarray(scores.mlp).tolist(),
+        channels=np.asarray(scores.embed).tolist(),
+        kept_layers=plan.layers.tolist(),
+        kept_heads=plan.heads.tolist(),
+        kept_neurons=plan.mlp.tolist(),
+        kept_channels=plan.embed.tolist(),
+    )
+
+
+def _curves(run: Run) -> list[evaluation.Curve]:
+    recipe = run.recipe
+    stages = {_STUDENT: [context.student(seed) for seed in recipe.seeds]}
+    for kind in recipe.controls:
+        stages[_CONTROL_NAMES[kind][0]] = [context.control(kind, s) for s in recipe.seeds]
+    return [
+        evaluation.read_curve(name, [run.directory / stage / "metrics.jsonl" for stage in of_seeds])
+        for name, of_seeds in stages.items()
+    ]
+
+
+def _curve_metrics(recipe: Recipe) -> list[tuple[str, str]]:
+    metrics = [("hard", "Cross-entropy on the training text")]
+    for name, term in recipe.distill.terms.items():
+        divergence = term.divergence.replace("_", " ").replace("kl", "KL")
+        metrics.append((name, f"{divergence} to teacher {name}, from stored targets"))
+    return metrics
+
+
+def _prompt(prompt: Mapping[str, Any], names: Mapping[str, str]) -> evaluation.Prompt:
+    answers = [
+        evaluation.Answer(
+            model=names[answer["stage"]],
+            next_tokens=[evaluation.NextToken(*one) for one in answer["next_tokens"]],
+            completion=answer["completion"],
+        )
+        for answer in prompt["answers"]
+    ]
+    return evaluation.Prompt(text=prompt["text"], answers=answers)
+
+
+def _stored_targets(run: Run) -> list[evaluation.StoredTargets]:
+    found = []
+    for name in run.recipe.teachers:
+        figures = pipeline.read_manifest(run.directory / context.targets(name))["figures"]
+        for store, sizes in figures.items():
+            found.append(
+                evaluation.StoredTargets(
+                    teacher=name,
+                    scheme=store.replace("_", " "),
+                    tokens=sizes["tokens"],
+                    bytes=sizes["bytes"],
+                    vocab_size=run.tokenizer.vocab_size,
+                )
+            )
+    return found
+
+
+def _finished(run: Run) -> list[evaluation.Stage]:
+    manifests = [
+        pipeline.read_manifest(path.parent)
+        for path in artifacts.files_below(run.directory)
+        if path.name == pipeline.MANIFEST
+    ]
+    manifests.sort(key=lambda manifest: manifest["finished"])
+    return [
+        evaluation.Stage(
+            name=manifest["stage"],
+            summary=_summary(manifest["figures"]),
+            seconds=manifest["seconds"],
+        )
+        for manifest in manifests
+    ]
+
+
+def _summary(figures: Mapping[str, Any]) -> str:
+    """What came of a stage, in a few words."""
+    if "loss" in figures:
+        return f"{figures['tokens']:,} tokens, loss {figures['loss']:.2f} at the end"
+    if "parameters" in figures:
+        return f"{figures['parameters']:,} parameters"
+    if "splits" in figures:
+        return f"{figures['splits']['train']['tokens']:,} training tokens"
+    return ""

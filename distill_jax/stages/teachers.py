@@ -1,0 +1,78 @@
+"""teachers and targets: models that know better, and what they say about every training token."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from etils import epath
+
+from distill_jax import losses, models, parallel, teachers, training
+from distill_jax.artifacts import fingerprint_path
+from distill_jax.pipeline import Stage
+from distill_jax.recipe import TeacherConfig, to_json
+from distill_jax.stages import context
+from distill_jax.stages.context import CORPUS, Run
+
+
+def stages(run: Run) -> list[Stage]:
+    """Two stages a teacher: its parameters, then its stored targets."""
+    made = []
+    for name, config in run.recipe.teachers.items():
+        inputs = (CORPUS,) if config.teacher is None else (CORPUS, context.teacher(config.teacher))
+        external = {config.source: fingerprint_path(config.source)} if config.source else {}
+        made.append(
+            Stage(
+                name=context.teacher(name),
+                command="teachers",
+                recipe=to_json(config),
+                inputs=inputs,
+                external=external,
+                work=functools.partial(_make_teacher, run, config),
+            )
+        )
+        made.append(
+            Stage(
+                name=context.targets(name),
+                command="targets",
+                recipe=to_json(run.recipe.targets),
+                inputs=(CORPUS, context.teacher(name)),
+                work=functools.partial(_write_targets, run, name),
+            )
+        )
+    return made
+
+
+def _make_teacher(run: Run, config: TeacherConfig, place: epath.Path) -> dict[str, Any]:
+    if config.source is not None:
+        model = models.load(config.source)
+    elif config.teacher is not None:
+        model = run.load(context.teacher(config.teacher))
+    else:
+        assert config.shape is not None  # TeacherConfig gives one of the three
+        seed = config.train.seed if config.train else 0
+        shape = dataclasses.replace(config.shape, vocab_size=run.tokenizer.vocab_size)
+        model = models.Model(shape, models.init_params(shape, jax.random.key(seed)))
+    figures: dict[str, Any] = {"parameters": model.config.parameters}
+    if config.train is None:
+        run.save(place, model)
+        return figures
+    loss_fn = training.language_model_loss(
+        model.config,
+        losses.weighted_sum(hard=(1.0, losses.hard_labels())),
+        remat=config.train.remat,
+    )
+    return figures | run.train(place, model, loss_fn, run.corpus("train"), config.train)
+
+
+def _write_targets(run: Run, name: str, place: epath.Path) -> dict[str, Any]:
+    targets = run.recipe.targets
+    return teachers.write_stores(
+        {scheme: place / scheme for scheme in targets.schemes},
+        targets.schemes,
+        run.load(context.teacher(name)),
+        run.corpus("train"),
+        temperature=targets.temperature,
+        config=targets.write,
+        sharding=parallel.batch_sharding(run.mesh),
+    )

@@ -1,0 +1,40 @@
+"""Teachers' distributions on disk: sampled, encoded, written once, and read back by content."""
+
+from distill_jax.teachers.inspect import describe
+from distill_jax.teachers.join import JoinedSource, join
+from distill_jax.teachers.manifest import Identity, Manifest, read_manifest, teacher_fingerprint
+from distill_jax.teachers.schemes import (
+    SCHEMES,
+    RandomSampling,
+    Scheme,
+    TopK,
+    scheme_from_json,
+    scheme_to_json,
+    to_targets,
+)
+from distill_jax.teachers.store import Store, open_store
+from distill_jax.teachers.verify import verify
+from distill_jax.teachers.writer import Corpus, WriteConfig, write_stores
+
+__all__ = [
+    "SCHEMES",
+    "Corpus",
+    "Identity",
+    "JoinedSource",
+    "Manifest",
+    "RandomSampling",
+    "Scheme",
+    "Store",
+    "TopK",
+    "WriteConfig",
+    "describe",
+    "join",
+    "open_store",
+    "read_manifest",
+    "scheme_from_json",
+    "scheme_to_json",
+    "teacher_fingerprint",
+    "to_targets",
+    "verify",
+    "write_stores",
+]

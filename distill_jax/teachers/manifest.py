@@ -1,0 +1,126 @@
+"""What a store says about itself: whose words it holds, about which rows, in which form."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from distill_jax import artifacts, models
+from distill_jax.artifacts import InputError
+from distill_jax.teachers.codec import CODEC_VERSION
+from distill_jax.teachers.schemes import Scheme, scheme_from_json, scheme_to_json
+
+MANIFEST = "store.json"
+_SLICE_BYTES = 1 << 28
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Everything that decides the bytes of a store.
+
+    Attributes:
+      teacher: fingerprint of the teacher's shape and parameters.
+      tokenizer: fingerprint of the tokenizer that made the corpus.
+      corpus: fingerprint of the corpus, split included.
+      rows: rows of the corpus.
+      rows_per_shard: rows of every shard but the last.
+      sequence_length: tokens of a row.
+      vocab_size: the teacher's vocabulary.
+      temperature: what its logits were divided by.
+      scheme: what was kept of its distributions.
+      codec: version of the record's layout.
+    """
+
+    teacher: str
+    tokenizer: str
+    corpus: str
+    rows: int
+    rows_per_shard: int
+    sequence_length: int
+    vocab_size: int
+    temperature: float
+    scheme: Scheme
+    codec: int = CODEC_VERSION
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.rows // self.rows_per_shard)
+
+    def shard_rows(self, shard: int) -> range:
+        """The corpus rows of one shard."""
+        start = shard * self.rows_per_shard
+        return range(start, min(start + self.rows_per_shard, self.rows))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"scheme": scheme_to_json(self.scheme)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The contents of store.json, which is written last: a store without it is not finished.
+
+    Attributes:
+      identity: what decides the bytes.
+      width: the most ids that any token has; batches are padded to it.
+      tokens: tokens with targets, padding left out.
+      files: hash of every other file of the directory.
+    """
+
+    identity: Identity
+    width: int
+    tokens: int
+    files: Mapping[str, str]
+
+    def write(self, directory: str | os.PathLike[str]) -> None:
+        """Writes store.json whole or not at all."""
+        value: dict[str, Any] = {
+            "identity": self.identity.to_json(),
+            "width": self.width,
+            "tokens": self.tokens,
+            "files": dict(self.files),
+        }
+        value["checksum"] = artifacts.fingerprint(value)
+        artifacts.write_json(epath.Path(directory) / MANIFEST, value)
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
+    """Reads store.json.
+
+    Raises:
+      InputError: it is missing, was changed, or is of another codec version.
+    """
+    path = epath.Path(directory) / MANIFEST
+    if not path.exists():
+        raise InputError(f"{directory}: no {MANIFEST}, so this is no finished store of targets")
+    value = artifacts.read_json(path)
+    try:
+        checksum = value.pop("checksum")
+        fields = dict(value["identity"])
+        if fields["codec"] != CODEC_VERSION:
+            raise InputError(f"{path}: codec {fields['codec']}, this program reads {CODEC_VERSION}")
+        if checksum != artifacts.fingerprint(value):
+            raise InputError(f"{path}: was changed after it was written, its checksum does not fit")
+        identity = Identity(**fields | {"scheme": scheme_from_json(fields["scheme"])})
+        return Manifest(**value | {"identity": identity})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the manifest of a store ({error})") from error
+
+
+def teacher_fingerprint(model: models.Model) -> str:
+    """Sixteen hex digits over the shape and every parameter, name, dtype and bytes."""
+    digest = hashlib.sha256(artifacts.fingerprint(dataclasses.asdict(model.config)).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        # In slices, so that the host never holds a whole stacked parameter of a large model.
+        step = max(1, _SLICE_BYTES * len(leaf) // leaf.nbytes)
+        for start in range(0, len(leaf), step):
+            digest.update(np.asarray(leaf[start : start + step]).tobytes())
+    return digest.hexdigest()[:16]

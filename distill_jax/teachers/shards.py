@@ -1,0 +1,204 @@
+"""The writing side of a store: shards committed one by one, and the files that seal it.
+
+A shard holds a fixed range of corpus rows. It appears under its name only when it is whole
+and on disk; beside it, in `.progress`, a small JSON file says what it holds. Both are a
+function of the store's identity alone, so a writer that was killed at any moment and started
+again ends with the same bytes as one that was left alone.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+
+from distill_jax import artifacts
+from distill_jax.artifacts import InputError
+from distill_jax.teachers.manifest import MANIFEST, Identity, Manifest, read_manifest
+
+DATASET = "teacher_targets"
+SPLIT = "rows"
+KEYS = "keys.npy"
+_PROGRESS = ".progress"
+_PLAN = "plan.json"
+# The high bytes of ids and small counts are predictable, which zstd finds. One record per group,
+# because training reads rows at random.
+_ARRAY_RECORD_OPTIONS = "group_size:1,zstd:3"
+_FORMAT = tfds.core.FileFormat.ARRAY_RECORD
+
+
+def features() -> tfds.features.FeaturesDict:
+    """What TFDS sees in a record."""
+    return tfds.features.FeaturesDict(
+        {
+            "row_id": np.int64,
+            "key": tfds.features.Text(),
+            "record": tfds.features.Tensor(shape=(), dtype=np.str_),
+        }
+    )
+
+
+def shard_name(identity: Identity, shard: int) -> str:
+    """The file name that TFDS expects."""
+    suffix = _FORMAT.file_suffix
+    return f"{DATASET}-{SPLIT}.{suffix}-{shard:05d}-of-{identity.shards:05d}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One record on its way into a shard.
+
+    Attributes:
+      row_id: place of the row in the corpus.
+      key: content key of the row.
+      data: the encoded bytes.
+      tokens: tokens with targets.
+      width: the most ids of a token.
+    """
+
+    row_id: int
+    key: str
+    data: bytes
+    tokens: int
+    width: int
+
+
+class StoreWriter:
+    """Writes one store's shards, and seals the store when all are there."""
+
+    def __init__(self, directory: str | os.PathLike[str], identity: Identity):
+        """Opens a new or half-written store.
+
+        Raises:
+          InputError: the directory holds targets of another teacher, corpus or form.
+        """
+        self.directory = pathlib.Path(directory)
+        self.identity = identity
+        self._progress = self.directory / _PROGRESS
+        finished = (self.directory / MANIFEST).exists()
+        plan = self._progress / _PLAN
+        if finished or plan.exists():
+            stored = read_manifest(directory).identity.to_json() if finished else None
+            differences = artifacts.diff(stored or artifacts.read_json(plan), identity.to_json())
+            if differences:
+                raise InputError(f"{directory}: already holds other targets ({differences[0]})")
+        if finished:
+            # Killed between sealing the store and tidying up.
+            shutil.rmtree(self._progress, ignore_errors=True)
+        else:
+            self._progress.mkdir(parents=True, exist_ok=True)
+            artifacts.write_json(plan, identity.to_json())
+        self._finished = finished
+
+    def missing(self) -> list[int]:
+        """The shards still to be written."""
+        if self._finished:
+            return []
+        return [i for i in range(self.identity.shards) if not self._is_committed(i)]
+
+    def commit(self, shard: int, records: list[Record]) -> None:
+        """Writes one shard whole or not at all."""
+        path = self.directory / shard_name(self.identity, shard)
+        temporary = path.with_name(f".{path.name}.tmp")
+        _write_array_record(temporary, records)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(self.directory)
+        contents = {
+            "hash": artifacts.hash_file(path),
+            "keys": [record.key for record in records],
+            "tokens": sum(record.tokens for record in records),
+            "width": max(record.width for record in records),
+        }
+        artifacts.write_json(self._contents(shard), contents)
+
+    def finish(self) -> Manifest:
+        """Seals the store: index of keys, TFDS metadata, and the manifest last."""
+        if not self._finished:
+            self._seal()
+            self._finished = True
+            shutil.rmtree(self._progress)
+        return read_manifest(self.directory)
+
+    def _seal(self) -> None:
+        shards = [artifacts.read_json(self._contents(i)) for i in range(self.identity.shards)]
+        keys = np.array([key for shard in shards for key in shard["keys"]], np.bytes_)
+        with (self.directory / KEYS).open("wb") as file:
+            np.save(file, keys, allow_pickle=False)
+        _write_metadata(self.directory, self.identity)
+        files = {shard_name(self.identity, i): shard["hash"] for i, shard in enumerate(shards)}
+        for name in (KEYS, "dataset_info.json", "features.json"):
+            _sync(self.directory / name)
+            files[name] = artifacts.hash_file(self.directory / name)
+        manifest = Manifest(
+            identity=self.identity,
+            width=max(shard["width"] for shard in shards),
+            tokens=sum(shard["tokens"] for shard in shards),
+            files=files,
+        )
+        manifest.write(self.directory)
+        _sync(self.directory)
+
+    def _contents(self, shard: int) -> pathlib.Path:
+        return self._progress / f"{shard:05d}.json"
+
+    def _is_committed(self, shard: int) -> bool:
+        path = self.directory / shard_name(self.identity, shard)
+        return path.exists() and self._contents(shard).exists()
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Waits until a file's bytes, or a directory's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_array_record(path: pathlib.Path, records: list[Record]) -> None:
+    serializer = tfds.core.example_serializer.ExampleSerializer(features().get_serialized_info())
+    writer = array_record_module.ArrayRecordWriter(str(path), _ARRAY_RECORD_OPTIONS)
+    try:
+        for record in records:
+            example: dict[str, Any] = {
+                "row_id": record.row_id,
+                "key": record.key,
+                "record": record.data,
+            }
+            # TFDS's own `serialize_example` leaves the order of a protobuf map to chance.
+            proto = serializer.get_tf_example(example)
+            writer.write(proto.SerializeToString(deterministic=True))
+    finally:
+        writer.close()
+
+
+def _write_metadata(directory: pathlib.Path, identity: Identity) -> None:
+    """features.json and dataset_info.json, from which TFDS reads the directory."""
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=directory,
+        dataset_name=DATASET,
+        split=SPLIT,
+        filetype_suffix=_FORMAT.file_suffix,
+    )
+    names = [shard_name(identity, shard) for shard in range(identity.shards)]
+    split = tfds.core.SplitInfo(
+        name=SPLIT,
+        shard_lengths=[len(identity.shard_rows(shard)) for shard in range(identity.shards)],
+        num_bytes=sum((directory / name).stat().st_size for name in names),
+        filename_template=template,
+    )
+    dataset = tfds.core.dataset_info.DatasetIdentity(
+        name=DATASET,
+        version=tfds.core.Version("1.0.0"),
+        data_dir=str(directory),
+        module_name=__name__,
+    )
+    info = tfds.core.DatasetInfo(builder=dataset, features=features())
+    info.set_file_format(_FORMAT)
+    info.set_splits(tfds.core.splits.SplitDict([split]))
+    info.write_to_directory(directory)

@@ -1,0 +1,42 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from distill_jax import models, parallel
+from distill_jax.artifacts import InputError
+
+CONFIG = models.LlamaConfig(
+    vocab_size=64, embed=16, mlp=32, layers=3, heads=4, kv_heads=1, head_dim=8, tied=True
+)
+
+
+def test_shardings_follow_the_rules_and_leave_whole_what_does_not_divide():
+    mesh = parallel.make_mesh(parallel.MeshConfig(data=2, fsdp=2, tensor=2))
+    specs = jax.tree.map(
+        lambda s: s.spec,
+        parallel.shardings(mesh, models.logical_axes(CONFIG), models.abstract_params(CONFIG)),
+    )
+    assert specs["embedding"] == P("tensor", "fsdp")
+    assert specs["layers"]["attention"]["query"] == P(None, "fsdp", "tensor", None)
+    assert specs["layers"]["attention"]["key"] == P(None, "fsdp", None, None)  # 1 KV head
+    assert specs["layers"]["mlp"]["down"] == P(None, "tensor", "fsdp")
+
+
+def test_sharded_logits_equal_one_device():
+    params = models.init_params(CONFIG, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (4, 12), 0, CONFIG.vocab_size)
+    expected = models.logits(CONFIG, params, tokens)
+    mesh = parallel.make_mesh(parallel.MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(params, parallel.shardings(mesh, models.logical_axes(CONFIG), params))
+    rows = jax.device_put(tokens, parallel.batch_sharding(mesh))
+    actual = jax.jit(lambda p, t: models.logits(CONFIG, p, t))(placed, rows)
+    assert len(actual.sharding.device_set) == 8
+    assert jnp.allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (-1, -1, 1), (16, -1, 1)])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
+    data, fsdp, tensor = sizes
+    with pytest.raises(InputError, match="does not arrange 8 devices"):
+        parallel.make_mesh(parallel.MeshConfig(data=data, fsdp=fsdp, tensor=tensor))

@@ -1,0 +1,47 @@
+"""A small tokenizer with ChatML's special tokens and a small model, for this folder's tests."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill_jax import data, models
+
+TEXTS = [
+    "What is the capital of France? The capital of France is Paris.",
+    "assistant user system <|im_start|> <|im_end|> Hello, how are you today?",
+    "What is 7 + 5? 12. Which is larger, 3 or 9? 9 is larger than 3.",
+] * 4
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> data.Tokenizer:
+    return data.train_tokenizer(TEXTS, 340, specials=("<|im_start|>", "<|im_end|>"))
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., models.Model]:
+    """(vocab_size, seed) -> a tiny Llama far from uniform, made in NumPy to save compilations."""
+
+    def make(vocab_size: int, seed: int = 0) -> models.Model:
+        config = models.LlamaConfig(
+            vocab_size=vocab_size,
+            embed=8,
+            mlp=8,
+            layers=1,
+            heads=2,
+            kv_heads=1,
+            head_dim=4,
+            tied=True,
+            context=256,
+        )
+        source = np.random.default_rng(seed)
+        params = jax.tree.map(
+            lambda leaf: jnp.asarray(source.normal(scale=0.3, size=leaf.shape), jnp.float32),
+            models.abstract_params(config),
+        )
+        return models.Model(config, params)
+
+    return make

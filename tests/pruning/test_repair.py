@@ -1,0 +1,178 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_llama
+import optax
+import pytest
+import tiny
+
+from distill_jax import losses, models, parallel
+from distill_jax.artifacts import InputError
+from distill_jax.pruning import apply_plan, grams, importance, make_plan, repair
+
+RIDGE = 1e-2
+
+
+def flattened(batch, model, name):
+    """Real tokens' activations [N, inputs] of each layer, from the NumPy model."""
+    rows = [
+        (segments > 0, numpy_llama.row_activations(model.config, model.params, tokens, segments)[0])
+        for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True)
+    ]
+    return [
+        np.concatenate([seen[layer][name].reshape(len(real), -1)[real] for real, seen in rows])
+        for layer in range(model.config.layers)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "leaf"),
+    [
+        ("attention_input", "attention", "query"),
+        ("heads", "attention", "output"),
+        ("mlp_input", "mlp", "up"),
+        ("neurons", "mlp", "down"),
+    ],
+)
+def test_repair_solves_the_least_squares_problem(name, block, leaf):
+    """Against numpy.linalg.lstsq with the ridge written as extra rows."""
+    model, batch = tiny.model(), tiny.rows(8)
+    target = dataclasses.replace(
+        tiny.SOURCE, layers=3, embed=9, mlp=12, heads=4, kv_heads=2, head_dim=4
+    )
+    plan = make_plan(tiny.random_scores(tiny.SOURCE), tiny.SOURCE, target)
+    sums = grams(model, plan, tiny.split(batch, 4))
+    repaired = repair(plan, model.params, sums, ridge=RIDGE)
+    flat_heads = (plan.heads[..., None] * 8 + plan.head_dim).reshape(3, -1)
+    kept = {"heads": flat_heads, "neurons": plan.mlp}.get(name, [plan.embed] * 3)
+    inputs = flattened(batch, model, name)
+    for layer, rows in zip(plan.layers, kept, strict=True):
+        X = inputs[layer]
+        old = np.asarray(model.params["layers"][block][leaf][layer], np.float64)
+        old = old.reshape(X.shape[1], -1)
+        new = np.asarray(repaired["layers"][block][leaf][layer]).reshape(old.shape)
+        penalty = np.diag(np.sqrt((RIDGE + len(rows) / len(X)) * (X[:, rows] ** 2).sum(0)))
+        # The ridge pulls towards the plain cut: solve for the difference.
+        lost = X @ old - X[:, rows] @ old[rows]
+        design = np.concatenate((X[:, rows], penalty))
+        wanted = np.concatenate((lost, np.zeros((len(rows), lost.shape[1]))))
+        change = np.linalg.lstsq(design, wanted, rcond=None)[0]
+        np.testing.assert_allclose(new[rows], old[rows] + change, rtol=1e-3, atol=1e-4)
+        untouched = np.setdiff1d(np.arange(len(old)), rows)
+        np.testing.assert_array_equal(new[untouched], old[untouched])
+
+
+def test_redundant_neurons_are_recovered():
+    """Every second neuron is a copy of its neighbour: half of them can do all the work."""
+    model = tiny.model()
+    params = jax.tree.map(np.array, model.params)
+    for name in ("gate", "up"):
+        params["layers"]["mlp"][name][:, :, 1::2] = params["layers"]["mlp"][name][:, :, ::2]
+    model = models.Model(model.config, params)
+    target = dataclasses.replace(tiny.SOURCE, mlp=10)
+    plan = make_plan(tiny.random_scores(tiny.SOURCE), tiny.SOURCE, target)
+    plan = dataclasses.replace(plan, mlp=np.tile(np.arange(0, 20, 2, dtype=np.int32), (4, 1)))
+    batch = tiny.rows(256)
+    sums = grams(model, plan, [batch])
+    fixed = repair(plan, model.params, sums, ridge=1e-6)
+    tokens, segments = batch["tokens"][:2], batch["segment_ids"][:2]
+    want = models.logits(model.config, model.params, tokens, segments)
+    error = {
+        name: jnp.abs(models.logits(target, apply_plan(plan, p), tokens, segments) - want)
+        for name, p in {"cut": model.params, "repaired": fixed}.items()
+    }
+    error = {name: x[segments > 0].max() for name, x in error.items()}
+    assert error["cut"] > 0.1
+    assert error["repaired"] < error["cut"] / 10
+
+
+def test_nothing_cut_nothing_changed():
+    model = tiny.model()
+    plan = make_plan(tiny.random_scores(tiny.SOURCE), tiny.SOURCE, tiny.SOURCE)
+    assert grams(model, plan, []) == {}
+    jax.tree.map(np.testing.assert_array_equal, repair(plan, model.params, {}), model.params)
+
+
+def test_no_batches():
+    target = dataclasses.replace(tiny.SOURCE, mlp=10)
+    plan = make_plan(tiny.random_scores(tiny.SOURCE), tiny.SOURCE, target)
+    with pytest.raises(InputError, match="no calibration batches"):
+        grams(tiny.model(), plan, [])
+
+
+def test_eight_devices_equal_one():
+    model, batch = tiny.model(dataclasses.replace(tiny.SOURCE, embed=16)), tiny.rows(8)
+    target = dataclasses.replace(model.config, embed=8, mlp=12)
+    plan = make_plan(tiny.random_scores(model.config), model.config, target)
+    mesh = parallel.make_mesh(parallel.MeshConfig(fsdp=4, tensor=2))
+    one = grams(model, plan, [batch])
+    eight = grams(model, plan, [batch], mesh=mesh)
+    assert eight["neurons"].addressable_shards[0].data.shape == (4, 5, 10)
+    for name in one:
+        np.testing.assert_allclose(eight[name], one[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small Llama that has learnt a language of noisy second-order rules, and its rows."""
+    config = dataclasses.replace(
+        tiny.SOURCE, vocab_size=16, embed=32, mlp=64, layers=2, rope_scaling=None
+    )
+    random = np.random.default_rng(0)
+    rule = random.permutation(256).reshape(16, 16) % 16
+    tokens = random.integers(0, 16, (320, 32), dtype=np.int32)
+    for t in range(2, 32):
+        follows = random.random(len(tokens)) < 0.9
+        tokens[:, t] = np.where(follows, rule[tokens[:, t - 2], tokens[:, t - 1]], tokens[:, t])
+    optimizer = optax.adam(3e-3)
+
+    @jax.jit
+    def step(carry, rows):
+        params, state = carry
+        gradient = jax.grad(lambda p: mean_loss(config, p, rows))(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state
+
+    params = tiny.model(config, scale=0.1).params
+    carry = params, optimizer.init(params)
+    for i in range(200):
+        carry = step(carry, tokens[32 * (i % 8) :][:32])
+    return models.Model(config, carry[0]), tokens[:64], tokens[256:]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mean_loss(config, params, tokens):
+    logits = models.logits(config, params, tokens)[:, :-1]
+    return losses.cross_entropy(logits, jnp.asarray(tokens)[:, 1:]).mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"mlp": 32},
+        {"embed": 24},
+        {"heads": 4, "head_dim": 4},
+        {"mlp": 40, "embed": 28, "heads": 4},
+    ],
+    ids=str,
+)
+def test_repair_lowers_the_held_out_loss_of_a_trained_model(trained, cut):
+    model, calibration, held_out = trained
+    batches = [{"tokens": calibration}]
+    target = dataclasses.replace(model.config, **cut)
+    plan = make_plan(importance(model, batches), model.config, target)
+    sums = grams(model, plan, batches)
+    full = mean_loss(model.config, model.params, held_out)
+    plain, repaired = (
+        mean_loss(target, jax.jit(make)(model.params, sums), held_out)
+        for make in (
+            lambda params, _: apply_plan(plan, params),
+            lambda params, sums: apply_plan(plan, repair(plan, params, sums)),
+        )
+    )
+    assert plain > full + 0.01
+    assert repaired < plain

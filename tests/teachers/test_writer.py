@@ -1,0 +1,254 @@
+"""The whole way from a teacher to a store and back, with a teacher known by heart."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from distill_jax import models, teachers
+from distill_jax.artifacts import InputError
+from distill_jax.teachers.shards import StoreWriter
+
+from .known import VOCAB, ListCorpus, make_corpus, make_teacher
+
+SCHEMES = {"top": teachers.TopK(k=5), "random": teachers.RandomSampling(draws=30)}
+CONFIG = teachers.WriteConfig(batch_rows=4, rows_per_shard=4, chunk_tokens=16)
+
+
+def write(directory, teacher, corpus, config=CONFIG, **options):
+    directories = {name: pathlib.Path(directory) / name for name in SCHEMES}
+    return teachers.write_stores(
+        directories,
+        SCHEMES,
+        teacher.model,
+        corpus,
+        config=config,
+        hidden_states=teacher.hidden_states,
+        **options,
+    )
+
+
+def contents(directory):
+    root = pathlib.Path(directory)
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def rows_by_key(directory):
+    store = teachers.open_store(directory)
+    return {record["key"]: record["targets"] for record in (store[i] for i in range(len(store)))}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return make_teacher()
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return make_corpus(10)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, teacher, corpus):
+    directory = tmp_path_factory.mktemp("stores")
+    figures = write(directory, teacher, corpus)
+    assert figures["top"]["tokens"] == sum(int((ids > 0).sum()) for _, ids in corpus.rows)
+    assert figures["top"]["width"] == 5
+    assert figures["random"]["rows"] == 10
+    return directory
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_top_k_of_every_token_against_float64(tmp_path, written, teacher, corpus, temperature):
+    directory = written
+    if temperature != 1:
+        directory = tmp_path
+        write(directory, teacher, corpus, temperature=temperature)
+    store = teachers.open_store(directory / "top")
+    for row, (tokens, segment_ids) in enumerate(corpus.rows):
+        logits = teacher.table[tokens].astype(np.float64) / temperature
+        log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        order = np.argsort(-logits, axis=-1)
+        real, targets = segment_ids > 0, store[row]["targets"]
+        np.testing.assert_array_equal(targets["ids"][real], order[real, :5])
+        ranked = np.take_along_axis(log_probs, order, axis=-1)
+        close = {"rtol": 6e-4, "atol": 1e-6}  # float16
+        np.testing.assert_allclose(targets["log_probs"][real], ranked[real, :5], **close)
+        tail = np.log(np.exp(ranked[:, 5:]).sum(axis=-1))
+        np.testing.assert_allclose(targets["log_tail"][real], tail[real], **close)
+        entropy = -(np.exp(log_probs) * log_probs).sum(axis=-1)
+        np.testing.assert_allclose(targets["entropy"][real], entropy[real], **close)
+        assert (targets["log_probs"][~real] == -np.inf).all()
+        assert (targets["log_tail"][~real] == 0).all()
+
+
+def test_random_samples_sum_to_one_and_skip_padding(written, corpus):
+    store = teachers.open_store(written / "random")
+    for row, (_, segment_ids) in enumerate(corpus.rows):
+        weights = store[row]["targets"]["weights"]
+        assert weights.shape[1] == store.manifest.width
+        np.testing.assert_allclose(weights.sum(axis=-1), segment_ids > 0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        teachers.WriteConfig(batch_rows=1, rows_per_shard=4, chunk_tokens=1),
+        teachers.WriteConfig(batch_rows=7, rows_per_shard=4, chunk_tokens=10_000),
+    ],
+)
+def test_batch_and_chunk_change_no_byte(tmp_path, written, teacher, corpus, config):
+    write(tmp_path, teacher, corpus, config)
+    assert contents(tmp_path) == contents(written)
+
+
+def test_order_and_shards_change_no_sample(tmp_path, written, teacher, corpus):
+    shuffled = ListCorpus(corpus.rows[::-1], fingerprint="corpus-b")
+    write(tmp_path, teacher, shuffled, teachers.WriteConfig(batch_rows=3, rows_per_shard=5))
+    for name in SCHEMES:
+        expected, found = rows_by_key(written / name), rows_by_key(tmp_path / name)
+        assert expected.keys() == found.keys()
+        for key, arrays in expected.items():
+            jax.tree.map(np.testing.assert_array_equal, arrays, found[key])
+
+
+def test_four_devices_write_the_same_bytes(tmp_path, written, teacher, corpus):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    write(tmp_path, teacher, corpus, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    assert contents(tmp_path) == contents(written)
+
+
+def test_another_teacher_draws_other_samples(tmp_path, written, teacher, corpus):
+    class Renamed(type(teacher)):
+        @property
+        def model(self):
+            params = super().model.params
+            return models.Model(super().model.config, params | {"final_norm": jnp.ones(3)})
+
+    write(tmp_path, Renamed(teacher.table), corpus)
+    one, other = rows_by_key(written / "random"), rows_by_key(tmp_path / "random")
+    assert all((one[key]["ids"][0] != other[key]["ids"][0]).any() for key in one)
+
+
+class Interrupted(Exception):
+    """Raised in the middle of a corpus."""
+
+
+class BrokenCorpus(ListCorpus):
+    """Ends the writer when a row is read."""
+
+    broken_at = 6
+
+    def __getitem__(self, index):
+        if index == self.broken_at:
+            raise Interrupted
+        return super().__getitem__(index)
+
+
+def test_an_interrupted_writer_goes_on(tmp_path, written, teacher, corpus):
+    with pytest.raises(Interrupted):
+        write(tmp_path, teacher, BrokenCorpus(corpus.rows))
+    read = []
+
+    class Counted(ListCorpus):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    write(tmp_path, teacher, Counted(corpus.rows))
+    assert read == list(range(4, 10))
+    assert contents(tmp_path) == contents(written)
+    write(tmp_path, teacher, Counted(corpus.rows))
+    assert len(read) == 6
+
+
+def test_only_the_store_that_misses_a_shard_gets_it(tmp_path, written, teacher, corpus):
+    write(tmp_path, teacher, corpus)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "top").iterdir()}
+    for path in (tmp_path / "random").iterdir():
+        path.unlink()
+    write(tmp_path, teacher, corpus)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "top").iterdir()} == before
+    assert contents(tmp_path) == contents(written)
+
+
+def test_a_failure_of_the_background_fails_the_call(tmp_path, monkeypatch, teacher, corpus):
+    def full(self, shard, records):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(StoreWriter, "commit", full)
+    with pytest.raises(OSError, match="no space left"):
+        write(tmp_path, teacher, corpus)
+    assert not list(tmp_path.rglob("store.json"))
+
+
+def test_logits_that_are_not_finite_are_refused(tmp_path, teacher, corpus):
+    table = teacher.table.copy()
+    table[corpus.rows[5][0][0]] = np.nan
+    with pytest.raises(InputError, match=r"logits for row \d are not finite"):
+        write(tmp_path, type(teacher)(table), corpus)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature: 0.0 is not positive"),
+        ({"corpus": ListCorpus([])}, "has no rows"),
+        ({"corpus": make_corpus(2, vocab=VOCAB + 40)}, "vocabulary ends at 299"),
+        ({"corpus": make_corpus(2, time=6)}, r"row 0 has shape \(6,\), not \(12,\)"),
+    ],
+)
+def test_wrong_inputs_are_refused(tmp_path, teacher, corpus, options, message):
+    other = options.pop("corpus", corpus)
+    other.sequence_length = 12
+    with pytest.raises(InputError, match=message):
+        write(tmp_path, teacher, other, **options)
+
+
+def test_a_scheme_without_a_directory_is_refused(tmp_path, teacher, corpus):
+    with pytest.raises(InputError, match="directories"):
+        teachers.write_stores({"a": tmp_path}, SCHEMES, teacher.model, corpus)
+
+
+_SLOW_WRITER = """
+import sys, time
+from teachers import known, test_writer
+
+class Slow(known.ListCorpus):
+    def __getitem__(self, index):
+        time.sleep(0.2)
+        return super().__getitem__(index)
+
+test_writer.write(sys.argv[1], known.make_teacher(), Slow(known.make_corpus(10).rows))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_what_another_can_finish(tmp_path, written, teacher, corpus):
+    root = pathlib.Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SLOW_WRITER, str(tmp_path)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("random/*.array_record-00001-of-*")):
+            assert process.poll() is None, "the writer ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not list(tmp_path.rglob("store.json"))
+    write(tmp_path, teacher, corpus)
+    assert contents(tmp_path) == contents(written)

@@ -1,0 +1,48 @@
+import pathlib
+
+import pytest
+
+from distill_jax import cli
+
+TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.py"], "nowhere.py: no such file"),
+        (["run", TINY, "--set", "distill.train.step=3"], "unknown field 'step'"),
+        (["run", TINY, "--set", "prune.target.layers=99"], "layers"),
+        (["distill", TINY], "run the stage"),
+        (["generate", "nowhere", "--prompt", "x"], "nowhere: no such file"),
+        (["inspect", "nowhere"], "nowhere: no such file"),
+        (["verify", "nowhere"], "nowhere"),
+        (["verify", "nowhere", "--teacher", "x"], "--teacher needs --corpus"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("distill-jax: error: ")
+    assert message in said[0]
+    assert not list(tmp_path.rglob("*.json"))  # nothing was begun
+
+
+def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_recipe", interrupted)
+    assert cli.main(["run", TINY]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for word in ("corpus -> teachers", "rejection-sample", "--set size=full", "inspect"):
+        assert word in said

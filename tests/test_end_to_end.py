@@ -1,0 +1,162 @@
+"""A cut of the tiny recipe from one end to the other, undisturbed and with `kill -9`."""
+
+import html.parser
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from distill_jax import cli, models
+from distill_jax.training import read_metrics
+
+pytestmark = pytest.mark.slow
+
+CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
+MODELS = (
+    "teachers/small",
+    "teachers/large",
+    "prune",
+    "distill/seed-0",
+    "controls/cross_entropy/seed-0",
+    "controls/random_start/seed-0",
+    "sft",
+    "rejection-sample",
+    "dpo",
+)
+# Where to kill: (stage, what must be there first), from the start of a stage to its middle.
+KILLS = (
+    ("corpus", "started.json"),
+    ("teachers/large", "metrics.jsonl"),
+    ("targets/large", "started.json"),
+    ("distill/seed-0", "metrics.jsonl"),
+    ("rejection-sample", "samples/sampling.json"),
+    ("dpo", "metrics.jsonl"),
+)
+
+
+def start(out):
+    """The recipe in a process of its own, on one device."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-m", "distill_jax.cli", "run", str(CONFIG)]
+    command += ["--set", "size=test", "--out", str(out), "--json"]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The directory of an undisturbed run."""
+    out = tmp_path_factory.mktemp("whole")
+    process = start(out)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    assert json.loads(printed.splitlines()[-1])["stages"].keys() >= {*MODELS, "evaluate"}
+    return out
+
+
+def kill_in(out, stage, sign):
+    """Starts the run and kills it once `sign` stands in the stage's directory."""
+    process = start(out)
+    path = out / stage / sign
+    while process.poll() is None and not path.exists():
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[1][-3000:]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / stage / "manifest.json").exists()
+
+
+def test_kill_at_any_stage_ends_with_the_same_bits(whole, tmp_path):
+    for stage, sign in KILLS:
+        kill_in(tmp_path, stage, sign)
+    process = start(tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    for stage in MODELS:
+        expected, actual = (models.load(out / stage).params for out in (whole, tmp_path))
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+        if (whole / stage / "metrics.jsonl").exists():
+            lines = [read_metrics(out / stage / "metrics.jsonl") for out in (whole, tmp_path)]
+            assert lines[0] == lines[1]
+    for file in ("rejection-sample/samples/samples.jsonl", "export/model.safetensors"):
+        assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
+    for store in whole.glob("targets/*/*"):
+        if not store.is_dir():
+            continue
+        for file in (path for path in store.rglob("*") if path.is_file()):
+            assert (tmp_path / file.relative_to(whole)).read_bytes() == file.read_bytes()
+
+
+def test_a_second_run_does_nothing_and_another_recipe_is_refused(whole, capsys):
+    # The run was made with one device; only stages that are not done would care.
+    command = ["run", str(CONFIG), "--set", "size=test", "--out", str(whole)]
+    assert cli.main([*command, "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("done before") == len(list(whole.rglob("manifest.json")))
+    assert cli.main([*command, "--set", "distill.hard_weight=0.5"]) == 2
+    refusal = capsys.readouterr().err.splitlines()[-1]
+    assert "distill/seed-0 holds the result of another recipe" in refusal
+    assert "hard_weight: 0.1 -> 0.5" in refusal
+
+
+def test_the_report_stands_alone_and_shows_every_model(whole):
+    page = (whole / "report" / "index.html").read_text()
+
+    found = []
+
+    class Links(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            found.extend(v for k, v in attributes if k in ("src", "href") and v)
+
+    Links().feed(page)
+    assert not [link for link in found if not link.startswith(("#", "data:"))]
+    for name in ("small", "large", "pruned", "distilled", "random start", "+ DPO"):
+        assert name in page
+
+
+def test_transformers_reads_the_export(whole):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(whole / "export").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whole / "export")
+    ours = models.load(whole / "dpo")
+    ids = tokenizer("The capital of France is the city", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = theirs(ids).logits.numpy()
+        text = theirs.generate(
+            ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    actual = np.asarray(models.logits(ours.config, ours.params, ids.numpy()))
+    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
+    (completion,) = models.generate(
+        ours,
+        [ids[0].tolist()],
+        max_new_tokens=16,
+        sampling=models.Sampling(temperature=0.0),
+        seeds=[0],
+    )
+    assert completion.tokens == text[0, ids.shape[1] :].tolist()
+
+
+def test_generate_inspect_and_verify(whole, capsys):
+    def run(*arguments):
+        assert cli.main([*arguments, "--json"]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    said = run("generate", str(whole / "sft"), "--prompt", "Hello", "--max-new-tokens", "4")
+    assert 1 <= said["tokens"] <= 4
+    store = str(whole / "targets" / "large" / "samples")
+    assert run("inspect", store)
+    found = run("verify", store, "--corpus", str(whole / "corpus"), "--sample", "2")
+    assert found["rows"] == 64
+    shape = run("inspect", str(whole / "export"))
+    assert shape["parameters"] == models.load_config(whole / "dpo").parameters
+    assert run("inspect", str(whole / "prune" / "plan.json"))["kept"]["layers"]

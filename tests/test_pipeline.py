@@ -1,0 +1,99 @@
+import json
+
+import pytest
+from etils import epath
+
+from distill_jax import pipeline
+from distill_jax.artifacts import InputError
+from distill_jax.pipeline import Stage
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def make_stages(log, *, factor=2, fail=()):
+    def first(place):
+        log.append("first")
+        (place / "value").write_text("3")
+        if "first" in fail:
+            raise Killed
+        return {"value": 3}
+
+    def second(place):
+        log.append("second")
+        value = int((place.parent / "first" / "value").read_text()) * factor
+        (place / "value").write_text(str(value))
+        return {"value": value}
+
+    return [
+        Stage(name="first", command="one", recipe={"size": 3}, inputs=(), work=first),
+        Stage(
+            name="second", command="two", recipe={"factor": factor}, inputs=("first",), work=second
+        ),
+    ]
+
+
+def test_runs_in_order_and_skips_what_is_done(tmp_path):
+    place, log = epath.Path(tmp_path), []
+    assert pipeline.run(make_stages(log), place) == {"first": {"value": 3}, "second": {"value": 6}}
+    assert pipeline.run(make_stages(log), place)["second"] == {"value": 6}
+    assert log == ["first", "second"]
+    manifest = json.loads((tmp_path / "second" / "manifest.json").read_text())
+    assert manifest["recipe"] == {"factor": 2}
+    assert manifest["inputs"].keys() == {"first"}
+    assert manifest["versions"]["jax"]
+
+
+def test_goes_on_after_a_kill(tmp_path):
+    place, log = epath.Path(tmp_path), []
+    with pytest.raises(Killed):
+        pipeline.run(make_stages(log, fail={"first"}), place)
+    assert not (tmp_path / "first" / "manifest.json").exists()
+    pipeline.run(make_stages(log), place)
+    assert log == ["first", "first", "second"]
+
+
+def test_another_recipe_is_refused_with_the_difference_and_nothing_is_lost(tmp_path):
+    place, log = epath.Path(tmp_path), []
+    pipeline.run(make_stages(log), place)
+    with pytest.raises(InputError, match=r"second holds .* \(recipe\.factor: 2 -> 5\); use --over"):
+        pipeline.run(make_stages(log, factor=5), place)
+    assert (tmp_path / "second" / "value").read_text() == "6"
+    found = pipeline.run(make_stages(log, factor=5), place, overwrite=True)
+    assert found["second"] == {"value": 15}
+    assert log == ["first", "second", "second"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+
+
+def test_work_begun_for_another_recipe_is_refused_too(tmp_path):
+    place, log = epath.Path(tmp_path), []
+    with pytest.raises(Killed):
+        pipeline.run(make_stages(log, fail={"first"}), place)
+    changed = make_stages(log)
+    changed[0] = Stage(
+        name="first", command="one", recipe={"size": 4}, inputs=(), work=changed[0].work
+    )
+    with pytest.raises(InputError, match=r"recipe\.size: 3 -> 4"):
+        pipeline.run(changed, place)
+
+
+def test_a_changed_input_makes_what_reads_it_unfit(tmp_path):
+    place, log = epath.Path(tmp_path), []
+    pipeline.run(make_stages(log), place)
+    changed = make_stages(log)
+    changed[0] = Stage(
+        name="first", command="one", recipe={"size": 4}, inputs=(), work=changed[0].work
+    )
+    pipeline.run(changed, place, command="one", overwrite=True)
+    with pytest.raises(InputError, match=r"inputs\.first: "):
+        pipeline.run(changed, place)
+
+
+def test_a_stage_alone_needs_what_it_reads(tmp_path):
+    place, log = epath.Path(tmp_path), []
+    with pytest.raises(InputError, match="run the stage 'one' before 'two'"):
+        pipeline.run(make_stages(log), place, command="two")
+    pipeline.run(make_stages(log), place, command="one")
+    assert pipeline.run(make_stages(log), place, command="two") == {"second": {"value": 6}}
+    assert log == ["first", "second"]

@@ -1,0 +1,129 @@
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill_jax import losses, models
+from distill_jax.artifacts import InputError
+from distill_jax.recipe import TeacherConfig, TokenizerConfig, load_recipe, to_json
+from distill_jax.stages import preflight
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+TINY = CONFIGS / "tiny.py"
+
+
+def test_a_parameter_of_get_config_and_fields_by_dotted_name():
+    recipe = load_recipe(
+        TINY,
+        [
+            "size=test",
+            "distill.train.steps=7",
+            "distill.train.optimizer.learning_rate=2e-4",
+            "distill.terms.large.divergence=reverse_kl",
+            "distill.terms.large.targets=top_k",
+            "targets.schemes.top_k.k=9",
+            "teachers.small.train.batch_rows=16",
+            "corpus.out_of_domain=null",
+            "seeds=[3, 4]",
+            "name=mine",
+        ],
+    )
+    plain = load_recipe(TINY, ["size=test"])
+    assert recipe.distill.train.steps == 7
+    assert recipe.distill.train.optimizer.learning_rate == 2e-4
+    assert recipe.distill.terms["large"].divergence == "reverse_kl"
+    assert recipe.targets.schemes["top_k"].k == 9
+    assert recipe.teachers["small"].train.batch_rows == 16
+    assert recipe.corpus.out_of_domain is None
+    assert recipe.seeds == (3, 4)
+    assert recipe.name == "mine"
+    assert recipe.posttraining == plain.posttraining
+    assert recipe.prune.target == plain.prune.target
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.train.stepz=3", r"unknown field 'stepz'; did you mean 'steps'\?"),
+        ("distil.train.steps=3", r"unknown field 'distil'; did you mean 'distill'\?"),
+        ("teachers.huge.train=null", "unknown field 'huge'; there are large, small"),
+        ("distill.train.steps=many", "--set distill.train.steps=many: .*integer"),
+        ("distill.train.steps=1.5", "--set distill.train.steps=1.5: .*integer"),
+        ("distill.train.steps=0", "TrainConfig.steps is 0; it must be positive"),
+        ("distill.train.steps.more=1", "nothing below 'distill.train.steps'"),
+        ("distill.train.remat=some", "--set distill.train.remat=some: .*'none'"),
+        ("size=huge", "--set size=huge: .*'default'"),
+        ("distill.terms.large.divergence=nonsense", "'nonsense' is not in distill_jax.losses"),
+        ("distill.terms.large.targets=nowhere", "'nowhere' is none of the stores"),
+        ("pruned_teacher=nobody", "pruned_teacher: 'nobody' is none of"),
+        ("targets.schemes={}", "cannot be set as a whole"),
+        ("steps", "write it as name=value"),
+    ],
+)
+def test_wrong_overrides_are_told_in_one_line(override, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_recipe(TINY, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_files_are_told(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_recipe(tmp_path / "none.py")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(InputError, match="has no function get_config"):
+        load_recipe(tmp_path / "empty.py")
+
+
+def test_exactly_one_start():
+    with pytest.raises(InputError, match="exactly one of source, teacher and shape"):
+        TeacherConfig(source="a", teacher="b")
+    with pytest.raises(InputError, match="either source or vocab_size"):
+        TokenizerConfig()
+
+
+def test_json_tells_schemes_apart():
+    described = to_json(load_recipe(TINY))
+    assert described["targets"]["schemes"]["top_k"] == {"k": 16, "name": "top_k"}
+    assert described["targets"]["schemes"]["samples"]["draws"] == 50
+    changed = to_json(load_recipe(TINY, ['distill.terms.small.options={"alpha": 0.2}']))
+    assert changed["distill"] != described["distill"]
+
+
+def test_the_objective_is_the_weighted_sum_of_the_terms():
+    recipe = load_recipe(TINY, ["distill.terms.small.divergence=reverse_kl"])
+    logits = {name: np.random.default_rng(i).normal(size=(5, 7)) for i, name in enumerate("sab")}
+    targets = {"labels": jnp.arange(5), "small": logits["a"], "large": logits["b"]}
+    loss, terms = recipe.distill.objective(1.0)(logits["s"], targets)
+    hard = losses.cross_entropy(logits["s"], jnp.arange(5))
+    small = losses.reverse_kl(logits["s"], logits["a"])
+    large = losses.forward_kl(logits["s"], logits["b"])
+    np.testing.assert_allclose(loss, 0.1 * hard + 0.2 * small + 0.7 * large, rtol=1e-6)
+    np.testing.assert_allclose(terms["hard"], hard)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prune.target.layers=9", "layers"),
+        ("prune.target.embed=512", "embed"),
+        ("prune.target.kv_heads=3", "kv_heads"),
+        ("prune.target.heads=3", "not a multiple of kv_heads"),
+        ("corpus.source=nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("mesh.data=3", "does not arrange 8 devices"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(override, message):
+    with pytest.raises(InputError, match=message) as caught:
+        preflight.check(load_recipe(TINY, [override]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("llama3_2_1b", 1_235_814_400), ("llama3_2_3b", 3_212_749_824)]
+)
+def test_llama_recipes_have_the_published_shapes(name, parameters):
+    recipe = load_recipe(CONFIGS / f"{name}.py")
+    abstract = models.abstract_params(recipe.prune.target)
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == parameters

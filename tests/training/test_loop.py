@@ -1,0 +1,128 @@
+import json
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from distill_jax import losses, models, parallel
+from distill_jax.artifacts import InputError
+from distill_jax.training import TrainConfig, language_model_loss, read_metrics, train
+
+CONFIG = models.LlamaConfig(
+    vocab_size=31, embed=16, mlp=32, layers=2, heads=4, kv_heads=2, head_dim=4, tied=True
+)
+TRAIN = TrainConfig(steps=7, batch_rows=8, checkpoint_every=2)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def rows(count=20, time=9):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        segments = np.repeat([1, 2, 0], [4, 3, time - 7]).astype(np.int32)
+        yield {
+            "tokens": rng.integers(0, 31, time).astype(np.int32),
+            "segment_ids": segments,
+            "labels": rng.integers(0, 31, time).astype(np.int32),
+            "where": segments > 0,
+        }
+
+
+def batches():
+    return iter(
+        grain.MapDataset.source(list(rows())).seed(5).shuffle().repeat().batch(8).to_iter_dataset()
+    )
+
+
+class Dying(grain.DatasetIterator):
+    """An iterator as seen by a process that is killed after so many batches."""
+
+    def __init__(self, iterator, after):
+        super().__init__()
+        self._iterator, self._left = iterator, after
+
+    def __next__(self):
+        if not self._left:
+            raise Killed
+        self._left -= 1
+        return next(self._iterator)
+
+    def get_state(self):
+        return self._iterator.get_state()
+
+    def set_state(self, state):
+        self._iterator.set_state(state)
+
+
+def run(directory, iterator=None, config=TRAIN, mesh=None):
+    model = models.Model(CONFIG, models.init_params(CONFIG, jax.random.key(0)))
+    loss_fn = language_model_loss(CONFIG, losses.weighted_sum(hard=(1.0, losses.hard_labels())))
+    return train(model, loss_fn, iterator or batches(), config, directory, mesh=mesh)
+
+
+def test_resumes_with_the_same_bits(tmp_path):
+    whole = run(tmp_path / "whole")
+    for after in (1, 3, 4):
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", Dying(batches(), after))
+    resumed = run(tmp_path / "killed")
+    jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
+    expected = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert read_metrics(tmp_path / "killed" / "metrics.jsonl") == expected
+    assert [line["step"] for line in expected] == list(range(1, 8))
+    assert expected[-1]["tokens"] == 7 * 8 * 9
+
+
+def test_learns_and_reports_the_loss_of_the_parameters_before_the_step(tmp_path):
+    config = TrainConfig(steps=30, batch_rows=8)
+    run(tmp_path, config=config)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx(np.log(31), abs=0.02)  # near-uniform at the start
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.02
+    assert lines[0]["hard"] == lines[0]["loss"]
+
+
+def test_one_device_and_eight_agree(tmp_path):
+    eight = run(tmp_path / "eight", mesh=parallel.make_mesh(parallel.MeshConfig(data=2, tensor=2)))
+    single = jax.sharding.Mesh(
+        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor")
+    )
+    one = run(tmp_path / "one", mesh=single)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one.params, eight.params)
+    first = [
+        read_metrics(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("one", "eight")
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)
+
+
+def test_the_given_model_is_left_as_it_was(tmp_path):
+    model = models.Model(CONFIG, models.init_params(CONFIG, jax.random.key(0)))
+    before = jax.tree.map(np.array, model.params)
+    loss_fn = language_model_loss(CONFIG, losses.hard_labels())
+    train(model, loss_fn, batches(), TRAIN, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, before, model.params)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    model = models.Model(CONFIG, models.init_params(CONFIG, jax.random.key(0)))
+    broken = lambda params, batch, step: losses.reduce(  # noqa: E731
+        params["final_norm"] * np.nan, {}
+    )
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
+        train(model, broken, batches(), TRAIN, tmp_path)
+
+
+def test_a_torn_last_line_of_metrics_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_rows_that_do_not_divide_over_the_devices_are_refused(tmp_path):
+    with pytest.raises(
+        InputError, match="batch_rows 8 / accumulation 2 is not a multiple of the 8"
+    ):
+        run(tmp_path, config=TrainConfig(steps=1, batch_rows=8, accumulation=2))
