@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"distill-jax: error: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         print(f"distill-jax: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -142,9 +142,13 @@ def _add_recipe_options(command: argparse.ArgumentParser, stage: str | None) -> 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     recipe = load_recipe(options.config, options.set)
     preflight.check(recipe)
-    directory = epath.Path(options.out or f"runs/{recipe.name}")
+    out = options.out or f"runs/{recipe.name}"
+    if "://" in out:
+        raise InputError(f"--out {out}: must be a local or mounted directory")
+    directory = epath.Path(out)
     typed = ["scripts/run", options.config, *(f"--set={text}" for text in options.set)]
-    run = stages.Run(recipe, directory, commands=(shlex.join(typed), "scripts/test"))
+    typed += ["--out", options.out] if options.out else []
+    run = stages.Run(recipe, directory, commands=(shlex.join(typed),))
     figures = pipeline.run(
         stages.all_stages(run), directory, command=options.stage, overwrite=options.overwrite
     )

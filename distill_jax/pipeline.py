@@ -5,13 +5,15 @@ A stage owns one directory. `started.json` says for which recipe and inputs work
 not at all, so a kill at any moment leaves either a stage that is done or one that can go on.
 """
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -21,7 +23,15 @@ from distill_jax.artifacts import InputError
 
 MANIFEST = "manifest.json"
 _STARTED = "started.json"
-_VERSIONED = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+_VERSIONED = (
+    "distill-jax",
+    "jax",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,62 +97,127 @@ def run(
     """
     fingerprints: dict[str, str] = {}
     figures: dict[str, Mapping[str, Any]] = {}
-    needed = [stage for stage in stages if command in (None, stage.command)]
-    reads = {name for stage in needed for name in stage.inputs}
-    for stage in stages:
-        place = directory / stage.name
-        if stage not in needed:
-            if stage.name in reads and not (place / MANIFEST).exists():
-                raise InputError(
-                    f"{place}: not there yet; run the stage {stage.command!r} before {command!r}"
-                )
-            if (place / MANIFEST).exists():
-                fingerprints[stage.name] = read_manifest(place)["fingerprint"]
-            continue
-        manifest = _run_one(stage, place, fingerprints, overwrite)
-        fingerprints[stage.name] = manifest["fingerprint"]
-        figures[stage.name] = manifest["figures"]
+    wanted = [stage for stage in stages if command in (None, stage.command)]
+    read = _inputs_of(wanted, stages)
+    with _alone(directory):
+        for stage in stages:
+            if stage in wanted:
+                manifest = _run_one(stage, directory / stage.name, fingerprints, overwrite)
+                figures[stage.name] = manifest["figures"]
+            elif stage.name in read:
+                place = directory / stage.name
+                if not (place / MANIFEST).exists():
+                    raise InputError(
+                        f"{place}: not there yet; run the stage {stage.command!r} before "
+                        f"{command!r}"
+                    )
+                manifest = _fitting(place, MANIFEST, _identity(stage, fingerprints))
+            else:
+                continue
+            fingerprints[stage.name] = manifest["fingerprint"]
     return figures
 
 
-def _run_one(
-    stage: Stage, place: epath.Path, fingerprints: Mapping[str, str], overwrite: bool
-) -> dict[str, Any]:
+def _inputs_of(wanted: Sequence[Stage], stages: Sequence[Stage]) -> set[str]:
+    """Names of all stages that the wanted ones read, and that those read, and so on."""
+    by_name = {stage.name: stage for stage in stages}
+    found: set[str] = set()
+    waiting = [name for stage in wanted for name in stage.inputs]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting.extend(by_name[name].inputs)
+    return found
+
+
+@contextlib.contextmanager
+def _alone(directory: epath.Path) -> Iterator[None]:
+    """Holds the run's directory, since two runs in it would spoil each other's work."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{directory}: another run is at work there") from None
+        yield
+
+
+def _identity(stage: Stage, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """What decides a stage's result, with its fingerprint."""
     identity = {
         "stage": stage.name,
         "recipe": stage.recipe,
         "inputs": {name: fingerprints[name] for name in stage.inputs} | dict(stage.external),
     }
-    fingerprint = artifacts.fingerprint(identity)
+    return {**identity, "fingerprint": artifacts.fingerprint(identity)}
+
+
+class _OtherRecipe(InputError):
+    """A stage's directory was made by this program for another recipe; --overwrite may clear it."""
+
+
+def _fitting(place: epath.Path, name: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a marker file says, if it is of this recipe.
+
+    Raises:
+      InputError: it is of another; the message has the difference.
+    """
+    found = artifacts.read_json(place / name)
+    if not isinstance(found, dict) or found.get("stage") != identity["stage"]:
+        raise InputError(f"{place / name}: not written by this program; use another --out")
+    if found["fingerprint"] != identity["fingerprint"]:
+        keys = identity.keys() - {"fingerprint"}
+        changes = artifacts.diff(
+            {key: found[key] for key in keys}, {key: identity[key] for key in keys}
+        )
+        raise _OtherRecipe(
+            f"{place} holds the result of another recipe ({'; '.join(changes)}); "
+            "use --overwrite to replace it, or another --out"
+        )
+    return found
+
+
+def _claim(place: epath.Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+    """Makes the directory this stage's: new, begun before, or cleared of another recipe's result.
+
+    Raises:
+      InputError: something else is there.
+    """
     trash = place.parent / f".{place.name}.old"
     if trash.exists():
         trash.rmtree()
-    for name in (MANIFEST, _STARTED):
-        if not (place / name).exists():
-            continue
-        found = artifacts.read_json(place / name)
-        if found["fingerprint"] == fingerprint:
-            if name == MANIFEST:
-                print(f"{stage.name}: done before", file=sys.stderr)
-                return found
-        elif overwrite:
+    markers = [name for name in (MANIFEST, _STARTED) if (place / name).exists()]
+    for name in markers:
+        try:
+            _fitting(place, name, identity)
+        except _OtherRecipe:
+            if not overwrite:
+                raise
             # Renamed first: a kill in the middle must not leave half a result without its marker.
             place.rename(trash)
             trash.rmtree()
-        else:
-            changes = artifacts.diff({key: found[key] for key in identity}, identity)
-            raise InputError(
-                f"{place} holds the result of another recipe ({'; '.join(changes)}); "
-                "use --overwrite to replace it, or another --out"
-            )
+            break
     place.mkdir(parents=True, exist_ok=True)
-    artifacts.write_json(place / _STARTED, {**identity, "fingerprint": fingerprint})
+    foreign = [] if markers else [e for e in place.iterdir() if not e.name.startswith(".")]
+    if foreign:
+        raise InputError(f"{foreign[0]}: is in the way; use another --out")
+
+
+def _run_one(
+    stage: Stage, place: epath.Path, fingerprints: Mapping[str, str], overwrite: bool
+) -> dict[str, Any]:
+    identity = _identity(stage, fingerprints)
+    _claim(place, identity, overwrite)
+    if (place / MANIFEST).exists():
+        print(f"{stage.name}: done before", file=sys.stderr)
+        return _fitting(place, MANIFEST, identity)
+    artifacts.write_json(place / _STARTED, identity)
     print(f"{stage.name}: starting", file=sys.stderr)
     start = time.monotonic()
     figures = dict(stage.work(place))
     manifest = {
         **identity,
-        "fingerprint": fingerprint,
         "versions": versions(),
         "seconds": round(time.monotonic() - start, 1),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),

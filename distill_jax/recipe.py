@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
-import json
 import os
 import sys
 import typing
@@ -25,6 +24,9 @@ from distill_jax.teachers import Scheme, WriteConfig
 from distill_jax.training import TrainConfig
 
 Control = Literal["cross_entropy", "random_start"]
+
+# Columns of the metrics, and what the report calls its other models.
+_RESERVED = ("hard", "loss", "weight", "gradient_norm", "step", "tokens", "pruned", "distilled")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,8 @@ class Term:
     def __post_init__(self) -> None:
         if not callable(getattr(losses, self.divergence, None)):
             raise InputError(f"divergence: {self.divergence!r} is not in distill_jax.losses")
+        if not self.weight > 0:
+            raise InputError(f"distill.terms: a weight is {self.weight}; it must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +165,8 @@ class PostTrainingConfig:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise InputError(f"posttraining.task: {self.task!r} is none of {', '.join(TASKS)}")
+        if self.sft.template != self.rejection.template:
+            raise InputError("posttraining: sft.template and rejection.template differ")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,12 +212,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.teachers:
             raise InputError("teachers: a recipe needs at least one")
-        if not self.seeds:
-            raise InputError("seeds: a recipe needs at least one")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise InputError(f"seeds: {list(self.seeds)} are not distinct numbers from 0 on")
         made: list[str] = []
         for name, teacher in self.teachers.items():
-            if name == "hard":
-                raise InputError("teachers: 'hard' names the text itself; choose another name")
+            if name in _RESERVED:
+                raise InputError(f"teachers: {name!r} means something else; choose another name")
             if teacher.teacher is not None and teacher.teacher not in made:
                 raise InputError(f"teachers.{name}.teacher: no teacher {teacher.teacher!r} before")
             made.append(name)
@@ -257,7 +263,12 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     module = importlib.util.module_from_spec(spec)
     # Dataclasses defined in the file look themselves up by their module's name.
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
     get_config: Callable[..., Recipe] | None = getattr(module, "get_config", None)
     if get_config is None:
         raise InputError(f"{path}: has no function get_config")
@@ -292,7 +303,7 @@ def _replace(node: Any, name: str, path: list[str], text: str, hint: Any) -> Any
         raise InputError(f"--set {name}: there is nothing below {'.'.join(name.split('.')[:-1])!r}")
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1)
-        hint_text = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        hint_text = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or '-'}"
         raise InputError(f"--set {name}: unknown field {key!r}; {hint_text}")
     child = node[key] if isinstance(node, Mapping) else getattr(node, key)
     value = _replace(child, name, rest, text, hints[key])
@@ -303,20 +314,16 @@ def _replace(node: Any, name: str, path: list[str], text: str, hint: Any) -> Any
 
 def _parse(name: str, text: str, hint: Any) -> Any:
     """`text` as a value of the type `hint`: JSON where it is JSON, else the text itself."""
-    candidates: list[Any] = [text]
-    try:
-        value = json.loads(text)
-        candidates = [value, text] if hint is not str else [text]
-    except ValueError:
-        pass
     try:
         adapter = pydantic.TypeAdapter(hint)
     except pydantic.errors.PydanticSchemaGenerationError:
         raise InputError(f"--set {name}: cannot be set as a whole; set its fields") from None
     problems = []
-    for candidate in candidates:
+    for validate in (adapter.validate_json, adapter.validate_python):
         try:
-            return adapter.validate_python(candidate)
+            return validate(text, strict=True)
         except pydantic.ValidationError as error:
-            problems.append(error.errors()[0]["msg"])
-    raise InputError(f"--set {name}={text}: {problems[0]}")
+            problems.append(error.errors()[0])
+    # A text that is no JSON at all was meant as it stands.
+    problem = problems[1] if problems[0]["type"] == "json_invalid" else problems[0]
+    raise InputError(f"--set {name}={text}: {problem['msg']}")

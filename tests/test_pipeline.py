@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -63,7 +64,7 @@ def test_another_recipe_is_refused_with_the_difference_and_nothing_is_lost(tmp_p
     found = pipeline.run(make_stages(log, factor=5), place, overwrite=True)
     assert found["second"] == {"value": 15}
     assert log == ["first", "second", "second"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "first", "second"]
 
 
 def test_work_begun_for_another_recipe_is_refused_too(tmp_path):
@@ -97,3 +98,38 @@ def test_a_stage_alone_needs_what_it_reads(tmp_path):
     pipeline.run(make_stages(log), place, command="one")
     assert pipeline.run(make_stages(log), place, command="two") == {"second": {"value": 6}}
     assert log == ["first", "second"]
+
+
+def test_a_stage_alone_refuses_an_input_of_another_recipe(tmp_path):
+    place, log = epath.Path(tmp_path), []
+    pipeline.run(make_stages(log), place)
+    changed = make_stages(log)
+    changed[0] = Stage(
+        name="first", command="one", recipe={"size": 99}, inputs=(), work=changed[0].work
+    )
+    with pytest.raises(InputError, match=r"recipe\.size: 3 -> 99"):
+        pipeline.run(changed, place, command="two")
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path):
+    place, log = epath.Path(tmp_path), []
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"thesis\.tex: is in the way"):
+            pipeline.run(make_stages(log), place, overwrite=overwrite)
+    (tmp_path / "first" / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="not written by this program"):
+        pipeline.run(make_stages(log), place)
+    assert (tmp_path / "first" / "thesis.tex").exists()
+    assert log == []
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path):
+    place, log = epath.Path(tmp_path), []
+    stages = make_stages(log)
+    inner = dataclasses.replace(
+        stages[0], work=lambda _: pipeline.run(make_stages(log), place)["first"]
+    )
+    with pytest.raises(InputError, match="another run is at work there"):
+        pipeline.run([inner], place)

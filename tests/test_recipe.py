@@ -48,7 +48,7 @@ def test_a_parameter_of_get_config_and_fields_by_dotted_name():
     [
         ("distill.train.stepz=3", r"unknown field 'stepz'; did you mean 'steps'\?"),
         ("distil.train.steps=3", r"unknown field 'distil'; did you mean 'distill'\?"),
-        ("teachers.huge.train=null", "unknown field 'huge'; there are large, small"),
+        ("teachers.huge.train=null", "unknown field 'huge'; known: large, small"),
         ("distill.train.steps=many", "--set distill.train.steps=many: .*integer"),
         ("distill.train.steps=1.5", "--set distill.train.steps=1.5: .*integer"),
         ("distill.train.steps=0", "TrainConfig.steps is 0; it must be positive"),
@@ -60,6 +60,10 @@ def test_a_parameter_of_get_config_and_fields_by_dotted_name():
         ("pruned_teacher=nobody", "pruned_teacher: 'nobody' is none of"),
         ("targets.schemes={}", "cannot be set as a whole"),
         ("steps", "write it as name=value"),
+        ("distill.train.steps=true", "--set distill.train.steps=true: .*integer"),
+        ("seeds=[0, 0]", "are not distinct numbers from 0 on"),
+        ("seeds=[-1]", "are not distinct numbers from 0 on"),
+        ("distill.train.optimizer.learning_rate=-1", "learning_rate is -1"),
     ],
 )
 def test_wrong_overrides_are_told_in_one_line(override, message):
@@ -74,6 +78,9 @@ def test_wrong_files_are_told(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(InputError, match="has no function get_config"):
         load_recipe(tmp_path / "empty.py")
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    with pytest.raises(InputError, match=r"broken\.py: SyntaxError"):
+        load_recipe(tmp_path / "broken.py")
 
 
 def test_exactly_one_start():
@@ -112,6 +119,14 @@ def test_the_objective_is_the_weighted_sum_of_the_terms():
         ("prune.target.heads=3", "not a multiple of kv_heads"),
         ("corpus.source=nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("mesh.data=3", "does not arrange 8 devices"),
+        ("mesh.data=0", "does not arrange 8 devices"),
+        ("distill.terms.large.divergence=reverse_kl", "reverse_kl .*SampledTargets|SampledTargets"),
+        ("distill.terms.large.divergence=weighted_sum", "distill.terms: "),
+        ('distill.terms.large.options={"nonsense": 1}', "distill.terms: .*nonsense"),
+        ("targets.schemes.top_k.k=99999", "99999"),
+        ("distill.train.batch_rows=4", "distill.train.batch_rows: 4 rows .* 8 devices"),
+        ("evaluation.batch_rows=6", "evaluation.batch_rows: 6 rows .* 8 devices"),
+        ("prune.target.embed=90", "90"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(override, message):

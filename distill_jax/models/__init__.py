@@ -1,6 +1,6 @@
 """Llama in Flax NNX: its shapes, its forward pass, its weights in and out, generation."""
 
-from distill_jax.models.checkpoint import load, load_config, save
+from distill_jax.models.checkpoint import is_saved, load, load_config, save
 from distill_jax.models.config import LlamaConfig, RopeScaling
 from distill_jax.models.generation import Completion, Sampling, generate
 from distill_jax.models.gguf import load_gguf
@@ -50,6 +50,7 @@ __all__ = [
     "generate",
     "hidden_states",
     "init_params",
+    "is_saved",
     "load",
     "load_config",
     "load_gguf",

@@ -76,6 +76,11 @@ def _format_of(place: epath.Path) -> Literal["gguf", "hugging_face", "ours"]:
     raise InputError(f"{place}: neither {_CONFIG} nor {_HUGGING_FACE_CONFIG} is in this directory")
 
 
+def is_saved(path: str | os.PathLike[str]) -> bool:
+    """Whether a whole model of `save` is there."""
+    return (epath.Path(os.fspath(path)) / _CONFIG).exists()
+
+
 def save(path: str | os.PathLike[str], model: Model) -> None:
     """Writes our checkpoint, a directory with model.json and params/; replaces one that is there.
 

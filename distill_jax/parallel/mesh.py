@@ -47,7 +47,7 @@ def make_mesh(config: MeshConfig | None = None) -> Mesh:
     config = config or MeshConfig()
     devices = jax.device_count()
     sizes = [config.data, config.fsdp, config.tensor]
-    if sizes.count(-1) == 1:
+    if sizes.count(-1) == 1 and 0 not in sizes:
         sizes[sizes.index(-1)] = max(devices // math.prod(size for size in sizes if size != -1), 1)
     if any(size < 1 for size in sizes) or math.prod(sizes) != devices:
         raise InputError(

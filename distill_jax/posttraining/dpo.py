@@ -37,16 +37,12 @@ class DpoConfig:
       beta: how strongly the policy is held to the starting model.
       nll_weight: weight of the chosen answer's negative log-likelihood, a mean over its tokens.
       chunk: tokens whose logits are held at a time.
-      remat: what the backward pass recomputes: "none", "dots" or "full".
-      template: a chat template in place of the tokenizer's own.
     """
 
     sequence_length: int = 256
     beta: float = 0.1
     nll_weight: float = 0.2
     chunk: int = 1024
-    remat: Remat = "none"
-    template: str | None = None
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
@@ -159,19 +155,22 @@ def with_reference(
     return result
 
 
-def dpo_loss(model: LlamaConfig, config: DpoConfig = DpoConfig()) -> LossFn:
+def dpo_loss(
+    model: LlamaConfig, config: DpoConfig = DpoConfig(), *, remat: Remat = "none"
+) -> LossFn:
     """The loss of `training.train` over batches of `with_reference`'s rows.
 
     A pair is its unit of weight. Per pair, with log-probabilities summed over an answer's tokens:
     -log sigmoid(beta (log pi(c) / ref(c) - log pi(r) / ref(r))) - nll_weight log pi(c) / |c|.
 
     Terms: "dpo", "nll", "reward_margin", "reward_accuracy", "chosen_log_prob" and
-    "rejected_log_prob", the last two sums over an answer.
+    "rejected_log_prob", the last two sums over an answer. `remat` is what the backward pass
+    recomputes: "none", "dots" or "full".
     """
 
     def loss_fn(params: Any, batch: Mapping[str, Any], step: Array) -> losses.Totals:
         del step
-        log_probs_B2 = _pair_log_probs(model, params, batch, config)
+        log_probs_B2 = _pair_log_probs(model, params, batch, config, remat)
         reference_B2 = batch["reference_log_probs"]
         chosen_B, rejected_B = log_probs_B2[:, 0], log_probs_B2[:, 1]
         dpo_B, terms = losses.dpo(
@@ -191,9 +190,13 @@ def dpo_loss(model: LlamaConfig, config: DpoConfig = DpoConfig()) -> LossFn:
 
 
 def _pair_log_probs(
-    model: LlamaConfig, params: Any, batch: Mapping[str, Any], config: DpoConfig
+    model: LlamaConfig,
+    params: Any,
+    batch: Mapping[str, Any],
+    config: DpoConfig,
+    remat: Remat = "none",
 ) -> Array:
     """[B, 2]: log-probability of the chosen and of the rejected answer of each pair."""
     flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in _ROW}
-    log_probs = sequence_log_probs(model, params, flat, chunk=config.chunk, remat=config.remat)
+    log_probs = sequence_log_probs(model, params, flat, chunk=config.chunk, remat=remat)
     return log_probs.reshape(-1, 2)

@@ -21,13 +21,11 @@ class SftConfig:
       sequence_length: tokens in a row; several conversations share one.
       template: a chat template in place of the tokenizer's own.
       z_loss: weight of the squared log-partition, which keeps logits from drifting; 0 is none.
-      remat: what the backward pass recomputes: "none", "dots" or "full".
     """
 
     sequence_length: int = 512
     template: str | None = None
     z_loss: float = 0.0
-    remat: Remat = "none"
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
@@ -63,6 +61,11 @@ def sft_rows(
     return pack(examples, config.sequence_length, pad_id=tokenizer.pad_id)
 
 
-def sft_loss(model: LlamaConfig, config: SftConfig = SftConfig()) -> LossFn:
-    """The loss of `training.train` over batches of `sft_rows`; a token is its unit of weight."""
-    return language_model_loss(model, losses.hard_labels(z_loss=config.z_loss), remat=config.remat)
+def sft_loss(
+    model: LlamaConfig, config: SftConfig = SftConfig(), *, remat: Remat = "none"
+) -> LossFn:
+    """The loss of `training.train` over batches of `sft_rows`; a token is its unit of weight.
+
+    `remat` is what the backward pass recomputes: "none", "dots" or "full".
+    """
+    return language_model_loss(model, losses.hard_labels(z_loss=config.z_loss), remat=remat)

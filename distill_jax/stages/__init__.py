@@ -1,21 +1,21 @@
 """The stages of a run: each module wires one part of the recipe to the rooms that do the work."""
 
 from distill_jax.pipeline import Stage
-from distill_jax.stages import corpus, posttraining, report, results, students, teachers
+from distill_jax.stages import context, corpus, posttraining, report, results, students, teachers
 from distill_jax.stages.context import Run
 
 COMMANDS = (
-    "corpus",
+    context.CORPUS,
     "teachers",
     "targets",
-    "prune",
+    context.PRUNE,
     "distill",
-    "sft",
-    "rejection-sample",
-    "dpo",
-    "evaluate",
-    "export",
-    "report",
+    context.SFT,
+    context.REJECTION,
+    context.DPO,
+    context.EVALUATE,
+    context.EXPORT,
+    context.REPORT,
 )
 """The commands that run one kind of stage alone, in order."""
 

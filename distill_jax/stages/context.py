@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from distill_jax import data, models, parallel, training
 from distill_jax.recipe import Recipe
 
-CORPUS = "corpus"
-PRUNE = "prune"
+CORPUS, PRUNE, SFT, REJECTION, DPO = "corpus", "prune", "sft", "rejection-sample", "dpo"
+EVALUATE, EXPORT, REPORT = "evaluate", "export", "report"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,13 @@ class Run:
         """One split of the corpus."""
         return data.open_corpus(self.directory / CORPUS, split, tokenizer=self.tokenizer)
 
+    def init(self, config: models.LlamaConfig, seed: int) -> models.Model:
+        """A model of random parameters, each made where it lives."""
+        initialise = jax.jit(
+            lambda key: models.init_params(config, key), out_shardings=self.shardings(config)
+        )
+        return models.Model(config, initialise(jax.random.key(seed)))
+
     def load(self, stage: str) -> models.Model:
         """The model that a stage left, spread over the mesh."""
         config = models.load_config(self.directory / stage)
@@ -57,8 +64,8 @@ class Run:
 
     def save(self, place: epath.Path, model: models.Model) -> None:
         """Leaves a model with its tokenizer: a directory that is a teacher for other recipes."""
-        models.save(place, model)
         self.tokenizer.save(place)
+        models.save(place, model)
 
     def train(
         self,
@@ -68,7 +75,24 @@ class Run:
         rows: data.RowSource,
         config: training.TrainConfig,
     ) -> dict[str, Any]:
-        """Trains a model on rows, leaves it in `place`, and returns the run's figures."""
+        """Trains a model on rows, leaves it in `place`, and returns the run's figures.
+
+        A model that stands there whole was trained by an earlier call, killed while it cleaned up.
+        """
+        if not models.is_saved(place):
+            self.save(place, self._trained(place, model, loss_fn, rows, config))
+        # What only served to go on after a kill need not stay on disk.
+        (place / "checkpoints").rmtree(missing_ok=True)
+        return _figures(training.read_metrics(place / "metrics.jsonl"))
+
+    def _trained(
+        self,
+        place: epath.Path,
+        model: models.Model,
+        loss_fn: training.LossFn,
+        rows: data.RowSource,
+        config: training.TrainConfig,
+    ) -> models.Model:
         batches = data.batches(
             rows,
             batch_rows=config.batch_rows,
@@ -77,11 +101,7 @@ class Run:
             process_count=jax.process_count(),
         )
         name = str(place.relative_to(self.directory))
-        trained = training.train(model, loss_fn, batches, config, place, name=name, mesh=self.mesh)
-        self.save(place, trained)
-        # The model is whole; what only served to go on after a kill need not stay on disk.
-        (place / "checkpoints").rmtree(missing_ok=True)
-        return _figures(training.read_metrics(place / "metrics.jsonl"))
+        return training.train(model, loss_fn, batches, config, place, name=name, mesh=self.mesh)
 
 
 def teacher(name: str) -> str:

@@ -10,9 +10,7 @@ from distill_jax.artifacts import InputError
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import PostTrainingConfig, to_json
 from distill_jax.stages import context
-from distill_jax.stages.context import CORPUS, Run
-
-SFT, REJECTION, DPO = "sft", "rejection-sample", "dpo"
+from distill_jax.stages.context import CORPUS, DPO, REJECTION, SFT, Run
 
 
 def stages(run: Run) -> list[Stage]:
@@ -62,7 +60,7 @@ def _sft(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, A
     model = run.load(context.student(run.recipe.seeds[0]))
     _, problems = _problems(config)
     rows = posttraining.sft_rows(run.tokenizer, posttraining.demonstrations(problems), config.sft)
-    loss_fn = posttraining.sft_loss(model.config, config.sft)
+    loss_fn = posttraining.sft_loss(model.config, config.sft, remat=config.sft_train.remat)
     return _train(run, place, model, loss_fn, rows, config.sft_train)
 
 
@@ -80,7 +78,7 @@ def _rejection(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[
             "before, draw more samples, or lower posttraining.rejection.threshold"
         )
     rows = posttraining.sft_rows(run.tokenizer, examples, config.sft)
-    loss_fn = posttraining.sft_loss(model.config, config.sft)
+    loss_fn = posttraining.sft_loss(model.config, config.sft, remat=config.rejection_train.remat)
     return {**figures, **_train(run, place, model, loss_fn, rows, config.rejection_train)}
 
 
@@ -95,5 +93,5 @@ def _dpo(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, A
         )
     rows = posttraining.pair_rows(pairs, config.dpo, pad_id=run.tokenizer.pad_id)
     rows = posttraining.with_reference(model, rows, config.dpo)
-    loss_fn = posttraining.dpo_loss(model.config, config.dpo)
+    loss_fn = posttraining.dpo_loss(model.config, config.dpo, remat=config.dpo_train.remat)
     return _train(run, place, model, loss_fn, rows, config.dpo_train)

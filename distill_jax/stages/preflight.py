@@ -1,8 +1,12 @@
 """What can be known to be wrong before any work begins."""
 
 import dataclasses
+from typing import Any
 
-from distill_jax import data, models, parallel, pruning
+import jax
+import jax.numpy as jnp
+
+from distill_jax import data, models, parallel, posttraining, pruning, teachers
 from distill_jax.artifacts import InputError, resolve
 from distill_jax.recipe import Recipe
 
@@ -13,7 +17,6 @@ def check(recipe: Recipe) -> None:
     Raises:
       InputError: one line that names the field.
     """
-    parallel.make_mesh(recipe.mesh)
     for source in (recipe.corpus.source, recipe.corpus.out_of_domain):
         if source is not None:
             resolve(source)
@@ -38,9 +41,61 @@ def check(recipe: Recipe) -> None:
                 f"teachers.{name}: has {shapes[name].vocab_size} token ids, the tokenizer "
                 f"{vocab_size}"
             )
+    sizes = {name: shape.vocab_size for name, shape in shapes.items()}
+    if len(set(sizes.values())) > 1:
+        raise InputError(f"teachers: have vocabularies of different size: {sizes}")
     large = shapes[recipe.pruned_teacher]
     small = dataclasses.replace(recipe.prune.target, vocab_size=large.vocab_size)
     pruning.check_shapes(large, small)
+    models.config_to_hugging_face(small)
+    _check_objective(recipe, small.vocab_size)
+    _check_rows(recipe)
+    if recipe.posttraining is not None:
+        posttraining.load_task(recipe.posttraining.task)
+        if tokenizer is not None:
+            posttraining.end_of_turn(tokenizer, recipe.posttraining.rejection.template)
+
+
+def _check_objective(recipe: Recipe, vocab_size: int) -> None:
+    """Traces the loss on the kinds of targets that the recipe stores."""
+    stored = {
+        "ids": jnp.zeros((1, 1), jnp.int32),
+        "log_probs": jnp.zeros((1, 1)),
+        "log_tail": jnp.zeros(1),
+        "weights": jnp.ones((1, 1)),
+    }
+    temperature = recipe.targets.temperature
+    targets: dict[str, Any] = {"labels": jnp.zeros(1, jnp.int32)}
+    for scheme in recipe.targets.schemes.values():
+        scheme.columns(vocab_size)
+    for name, term in recipe.distill.terms.items():
+        scheme = recipe.targets.schemes[term.targets]
+        targets[name] = teachers.to_targets(scheme, stored, temperature=temperature)
+    logits = jax.ShapeDtypeStruct((1, vocab_size), jnp.float32)
+    try:
+        jax.eval_shape(lambda x: recipe.distill.objective(temperature)(x, targets), logits)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"distill.terms: {error}") from error
+
+
+def _check_rows(recipe: Recipe) -> None:
+    """Every batch must divide over the devices that rows are split over."""
+    mesh = parallel.make_mesh(recipe.mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    runs = {f"teachers.{name}.train": t.train for name, t in recipe.teachers.items() if t.train}
+    runs["distill.train"] = recipe.distill.train
+    if recipe.posttraining is not None:
+        for name in ("sft_train", "rejection_train", "dpo_train"):
+            runs[f"posttraining.{name}"] = getattr(recipe.posttraining, name)
+    rows = {f"{name}.batch_rows": run.batch_rows // run.accumulation for name, run in runs.items()}
+    rows["targets.write.batch_rows"] = recipe.targets.write.batch_rows
+    rows["evaluation.batch_rows"] = recipe.evaluation.batch_rows
+    for name, count in rows.items():
+        if count % shards:
+            raise InputError(
+                f"{name}: {count} rows at a time do not divide over {shards} devices; change it, "
+                "or the mesh"
+            )
 
 
 def _check_tokenizer(name: str, source: str, tokenizer: data.Tokenizer | None) -> None:

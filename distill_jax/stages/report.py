@@ -11,7 +11,7 @@ from distill_jax import artifacts, evaluation, pipeline, pruning
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import Recipe
 from distill_jax.stages import context
-from distill_jax.stages.context import PRUNE, Run
+from distill_jax.stages.context import DPO, EVALUATE, EXPORT, PRUNE, REJECTION, REPORT, SFT, Run
 
 _STUDENT, _PRUNED = "distilled", "pruned"
 _CONTROL_NAMES = {
@@ -19,9 +19,9 @@ _CONTROL_NAMES = {
     "random_start": ("random start", "the same targets, from random parameters"),
 }
 _POSTTRAINING = {
-    "sft": ("+ SFT", "answers learnt from demonstrations"),
-    "rejection-sample": ("+ rejection sampling", "its own best answers, picked by a verifier"),
-    "dpo": ("+ DPO", "right answers preferred to wrong ones"),
+    SFT: ("+ SFT", "answers learnt from demonstrations"),
+    REJECTION: ("+ rejection sampling", "its own best answers, picked by a verifier"),
+    DPO: ("+ DPO", "right answers preferred to wrong ones"),
 }
 
 
@@ -33,14 +33,18 @@ def stages(run: Run) -> list[Stage]:
         *map(context.targets, recipe.teachers),
         *map(context.student, recipe.seeds),
         *(context.control(kind, seed) for kind in recipe.controls for seed in recipe.seeds),
-        "evaluate",
-        "export",
+        EVALUATE,
+        EXPORT,
     ]
     return [
         Stage(
-            name="report",
-            command="report",
-            recipe={"title": recipe.name},
+            name=REPORT,
+            command=REPORT,
+            recipe={
+                "title": recipe.name,
+                "teachers": list(recipe.teachers),
+                "notes": list(recipe.notes),
+            },
             inputs=inputs,
             work=functools.partial(_work, run),
         )
@@ -49,7 +53,7 @@ def stages(run: Run) -> list[Stage]:
 
 def _work(run: Run, place: epath.Path) -> dict[str, Any]:
     recipe = run.recipe
-    evaluated = pipeline.read_manifest(run.directory / "evaluate")["figures"]
+    evaluated = pipeline.read_manifest(run.directory / EVALUATE)["figures"]
     names = _row_names(recipe)
     report = evaluation.Report(
         title=recipe.name,

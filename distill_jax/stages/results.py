@@ -4,14 +4,20 @@ from typing import Any
 
 from etils import epath
 
-from distill_jax import evaluation, models, posttraining
+from distill_jax import data, evaluation, models, posttraining
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import Recipe, to_json
 from distill_jax.stages import context
-from distill_jax.stages.context import CORPUS, PRUNE, Run
-
-EVALUATE, EXPORT = "evaluate", "export"
-_POSTTRAINING = ("sft", "rejection-sample", "dpo")
+from distill_jax.stages.context import (
+    CORPUS,
+    DPO,
+    EVALUATE,
+    EXPORT,
+    PRUNE,
+    REJECTION,
+    SFT,
+    Run,
+)
 
 
 def model_stages(recipe: Recipe) -> list[str]:
@@ -21,7 +27,7 @@ def model_stages(recipe: Recipe) -> list[str]:
         PRUNE,
         *(context.control(kind, seed) for kind in recipe.controls for seed in recipe.seeds),
         *map(context.student, recipe.seeds),
-        *(_POSTTRAINING if recipe.posttraining else ()),
+        *((SFT, REJECTION, DPO) if recipe.posttraining else ()),
     ]
 
 
@@ -37,6 +43,7 @@ def stages(run: Run) -> list[Stage]:
             recipe={
                 "evaluation": to_json(recipe.evaluation),
                 "prompts": list(recipe.prompts),
+                "teachers": list(recipe.teachers),
                 "task": task and [task.task, task.rejection.max_new_tokens],
             },
             inputs=(CORPUS, *made),
@@ -45,7 +52,7 @@ def stages(run: Run) -> list[Stage]:
         Stage(
             name=EXPORT,
             command="export",
-            recipe={},
+            recipe={"template": task and task.rejection.template},
             inputs=(CORPUS, made[-1]),
             work=lambda place: _export(run, made[-1], place),
         ),
@@ -107,7 +114,15 @@ def _answer(run: Run, model: models.Model, name: str, text: str) -> dict[str, An
 
 def _export(run: Run, last: str, place: epath.Path) -> dict[str, Any]:
     model = run.load(last)
-    tokenizer = run.tokenizer
-    models.export_hugging_face(place, model, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    tokenizer = data.load_tokenizer(run.directory / CORPUS)
+    eos_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    if run.recipe.posttraining is not None:
+        # Other programs must render and end a turn as the model learnt it.
+        template = run.recipe.posttraining.rejection.template
+        tokenizer.chat_template = posttraining.chat_template(tokenizer, template)
+        eos_ids.append(posttraining.end_of_turn(tokenizer))
+    models.export_hugging_face(
+        place, model, bos_id=tokenizer.bos_id, eos_id=sorted(set(eos_ids)) or None
+    )
     tokenizer.save(place)
     return {"stage": last, "parameters": model.config.parameters}

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 
 from distill_jax import data, losses, models, pruning, teachers, training
@@ -21,7 +20,7 @@ def stages(run: Run) -> list[Stage]:
     prune = Stage(
         name=PRUNE,
         command="prune",
-        recipe=to_json(recipe.prune),
+        recipe=to_json(recipe.prune) | {"batch_rows": recipe.evaluation.batch_rows},
         inputs=(CORPUS, context.teacher(recipe.pruned_teacher)),
         work=lambda place: _prune(run, place),
     )
@@ -30,11 +29,11 @@ def stages(run: Run) -> list[Stage]:
     # Controls without teachers do not depend on how teachers are weighed.
     inputs: Mapping[Control, tuple[str, ...]] = {
         "cross_entropy": (CORPUS, PRUNE),
-        "random_start": (CORPUS, *stored),
+        "random_start": (CORPUS, PRUNE, *stored),
     }
     descriptions: Mapping[Control, Any] = {
         "cross_entropy": {"train": described["train"]},
-        "random_start": {"distill": described, "student": to_json(recipe.prune.target)},
+        "random_start": {"distill": described},
     }
     made = [prune]
     for seed in recipe.seeds:
@@ -87,8 +86,7 @@ def _distill(run: Run, seed: int, place: epath.Path) -> dict[str, Any]:
 
 
 def _random_start(run: Run, seed: int, place: epath.Path) -> dict[str, Any]:
-    config = dataclasses.replace(run.recipe.prune.target, vocab_size=run.tokenizer.vocab_size)
-    model = models.Model(config, models.init_params(config, jax.random.key(seed)))
+    model = run.init(models.load_config(run.directory / PRUNE), seed)
     return _train_on_targets(run, seed, model, place)
 
 

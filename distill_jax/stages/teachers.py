@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 from etils import epath
 
 from distill_jax import losses, models, parallel, teachers, training
@@ -45,14 +44,15 @@ def stages(run: Run) -> list[Stage]:
 
 def _make_teacher(run: Run, config: TeacherConfig, place: epath.Path) -> dict[str, Any]:
     if config.source is not None:
-        model = models.load(config.source)
+        shape = models.load_config(config.source)
+        model = models.load(config.source, shardings=run.shardings(shape))
     elif config.teacher is not None:
         model = run.load(context.teacher(config.teacher))
     else:
         assert config.shape is not None  # TeacherConfig gives one of the three
         seed = config.train.seed if config.train else 0
         shape = dataclasses.replace(config.shape, vocab_size=run.tokenizer.vocab_size)
-        model = models.Model(shape, models.init_params(shape, jax.random.key(seed)))
+        model = run.init(shape, seed)
     figures: dict[str, Any] = {"parameters": model.config.parameters}
     if config.train is None:
         run.save(place, model)

@@ -17,8 +17,8 @@ class OptimizerConfig:
     Attributes:
       learning_rate: the peak.
       schedule: what follows the warm-up: "cosine", "linear" or "constant".
-      warmup_fraction: share of the steps in which the rate rises from 0.
-      final_fraction: rate of the last step over the peak.
+      warmup_fraction: share of the steps, n of them, that rise: peak / (n + 1), 2 peak / (n + 1)...
+      final_fraction: what the rate decays to, over the peak; reached just after the last step.
       weight_decay: decoupled weight decay; norm weights are spared.
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -35,6 +35,20 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise InputError(
+                    f"OptimizerConfig.{name} is {getattr(self, name)}; it must be positive"
+                )
+        for name in ("warmup_fraction", "final_fraction", "b1", "b2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"OptimizerConfig.{name} is {getattr(self, name)}; in [0, 1]")
+        if self.weight_decay < 0:
+            raise InputError(
+                f"OptimizerConfig.weight_decay is {self.weight_decay}; it must be >= 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

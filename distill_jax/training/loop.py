@@ -61,7 +61,7 @@ def train(
 
     Raises:
       InputError: the rows of a microbatch do not divide over the mesh.
-      FloatingPointError: the loss is not finite.
+      FloatingPointError: the loss or its gradient is not finite.
     """
     mesh = mesh or parallel.make_mesh()
     row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -104,10 +104,12 @@ def train(
                 # Fetch the step before while the device works on this one.
                 note = _report(writer, pending)
                 tokens = batch["tokens"].size
-                logged = step % config.log_every == 0 or step == config.steps
+                due = step % config.checkpoint_every == 0 and step < config.steps
+                logged = due or step % config.log_every == 0 or step == config.steps
                 pending = (step, step * tokens, metrics) if logged else None
                 bar.advance(tokens=tokens, note=note)
-                if step % config.checkpoint_every == 0 and step < config.steps:
+                if due:
+                    # First, so that parameters that are not finite never replace good ones.
                     _report(writer, pending)
                     pending = None
                     checkpoints.save(step, state, batches)

@@ -38,14 +38,15 @@ class MetricsWriter:
         """Fetches and writes the metrics of one step; `tokens` counts all seen so far.
 
         Raises:
-          FloatingPointError: the loss is not finite.
+          FloatingPointError: the loss or the gradient is not finite.
         """
         figures = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        if not math.isfinite(figures["loss"]):
-            raise FloatingPointError(
-                f"the loss is {figures['loss']} at step {step}: lower the learning rate, or look "
-                f"for bad targets; the last checkpoint before it is kept"
-            )
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(figures[name]):
+                raise FloatingPointError(
+                    f"{name} is {figures[name]} at step {step}: lower the learning rate, or look "
+                    f"for bad targets; the last checkpoint before it is kept"
+                )
         if self._active:
             self._file.write(json.dumps({"step": step, "tokens": tokens, **figures}) + "\n")
             self._file.flush()

@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     broken = lambda params, batch, step: losses.reduce(  # noqa: E731
         params["final_norm"] * np.nan, {}
     )
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
         train(model, broken, batches(), TRAIN, tmp_path)
 
 
