@@ -64,12 +64,7 @@ def train(
       FloatingPointError: the loss or its gradient is not finite.
     """
     mesh = mesh or parallel.make_mesh()
-    row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_rows // config.accumulation % row_shards:
-        raise InputError(
-            f"{name}: batch_rows {config.batch_rows} / accumulation {config.accumulation} is not a "
-            f"multiple of the {row_shards} devices that rows are split over"
-        )
+    _check_rows(config, mesh, name)
     axes = logical_axes(model.config)
     optimizer = make_optimizer(config.optimizer, config.steps, axes)
     shardings = state_shardings(mesh, axes, model.params, optimizer)
@@ -115,6 +110,15 @@ def train(
                     checkpoints.save(step, state, batches)
             _report(writer, pending)
     return Model(model.config, state.params)
+
+
+def _check_rows(config: TrainConfig, mesh: Mesh, name: str) -> None:
+    row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_rows // config.accumulation % row_shards:
+        raise InputError(
+            f"{name}: batch_rows {config.batch_rows} / accumulation {config.accumulation} is not a "
+            f"multiple of the {row_shards} devices that rows are split over"
+        )
 
 
 def _start(

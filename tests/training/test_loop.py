@@ -115,6 +115,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         train(model, broken, batches(), TRAIN, tmp_path)
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path):
+    model = models.Model(CONFIG, models.init_params(CONFIG, jax.random.key(0)))
+    steep = lambda params, batch, step: losses.reduce(  # noqa: E731
+        jax.numpy.sqrt(0 * params["final_norm"]), {}
+    )
+    with pytest.raises(FloatingPointError, match="gradient_norm is nan at step 1"):
+        train(model, steep, batches(), TRAIN, tmp_path)
+
+
 def test_a_torn_last_line_of_metrics_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
