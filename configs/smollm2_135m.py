@@ -57,7 +57,7 @@ def get_config(size: Literal["default", "full"] = "default") -> Recipe:
         distill=DistillConfig(
             terms={"smollm2": Term(weight=0.45), "corrected": Term(weight=0.45)},
             hard_weight=0.1,
-            train=_train(distill_steps, 3e-4, batch_rows=4),
+            train=_train(distill_steps, 1e-3, batch_rows=4),
         ),
         controls=("cross_entropy", "random_start") if full else (),
         seeds=(0, 1, 2) if full else (0,),

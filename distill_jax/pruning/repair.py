@@ -34,6 +34,9 @@ _READERS = {
 }
 """Activation -> the projections that read it."""
 
+_NORMED = ("attention_input", "mlp_input")
+"""Activations that come straight out of a norm."""
+
 _MATRIX_AXES = ("layers", "rows", "columns")
 _MATRIX_RULES = {"layers": None, "rows": "fsdp", "columns": "tensor"}
 
@@ -71,8 +74,9 @@ def grams(
 def repair(plan: Plan, params: models.Params, sums: Grams, *, ridge: float = 1e-2) -> models.Params:
     """Parameters of the FULL model whose cut by `apply_plan` is the repaired student.
 
-    Only rows that the plan keeps change, and only of projections whose inputs are cut. Pure and
-    jit-able: `jit(lambda params, sums: apply_plan(plan, repair(plan, params, sums)))`.
+    Only rows that the plan keeps change, and only of projections whose inputs are cut; where those
+    come out of a norm, what a row grows by is put into the norm's weight. Pure and jit-able:
+    `jit(lambda params, sums: apply_plan(plan, repair(plan, params, sums)))`.
 
     A tied unembedding is left alone, since its matrix is the embedding too.
 
@@ -91,6 +95,9 @@ def repair(plan: Plan, params: models.Params, sums: Grams, *, ridge: float = 1e-
             weights = tuple(layers[block][reader] for reader in readers)
             damping = ridge + kept[name].shape[-1] / sums["tokens"]
             new = _absorb(weights, sums[name], plan.layers, kept[name], damping)
+            if name in _NORMED:
+                norm, new = _balance(layers[block]["norm"], weights, new)
+                layers[block] = layers[block] | {"norm": norm}
             layers[block] = layers[block] | dict(zip(readers, new, strict=True))
     params = params | {"layers": layers}
     if "final" in sums:
@@ -181,6 +188,28 @@ def _absorb(
         weight.at[layers[:, None], kept].set(new.astype(weight.dtype)).reshape(old.shape)
         for weight, new, old in zip(flat, rows, weights, strict=True)
     )
+
+
+def _balance(
+    norm_LD: Array, old: tuple[Array, ...], new: tuple[Array, ...]
+) -> tuple[Array, tuple[Array, ...]]:
+    """Moves the growth of each channel's weights into the norm before them; the function stays.
+
+    A channel that its norm makes quiet needs enormous weights to speak for others, and through
+    them the norm's gradient is enormous: a first step of Adam would then destroy the student.
+    """
+
+    def power(weights: tuple[Array, ...]) -> Array:
+        rows = (w.astype(jnp.float32).reshape(*norm_LD.shape, -1) for w in weights)
+        return sum((jnp.sum(jnp.square(row), axis=-1) for row in rows), jnp.zeros(norm_LD.shape))
+
+    before, after = power(old), power(new)
+    growth = jnp.where((before > 0) & (after > 0), jnp.sqrt(after / before), 1.0)
+    norm = (norm_LD.astype(jnp.float32) * growth).astype(norm_LD.dtype)
+    shrunk = (
+        (w / growth.reshape(norm_LD.shape + (1,) * (w.ndim - 2))).astype(w.dtype) for w in new
+    )
+    return norm, tuple(shrunk)
 
 
 def _regression(gram: Array, kept: Array, dropped: Array, damping: Array) -> Array:

@@ -53,7 +53,11 @@ def test_repair_solves_the_least_squares_problem(name, block, leaf):
         X = inputs[layer]
         old = np.asarray(model.params["layers"][block][leaf][layer], np.float64)
         old = old.reshape(X.shape[1], -1)
-        new = np.asarray(repaired["layers"][block][leaf][layer]).reshape(old.shape)
+        new = np.array(repaired["layers"][block][leaf][layer]).reshape(old.shape)
+        if name.endswith("_input"):
+            # A channel's weights may grow in its norm just as well.
+            norms = (tree["layers"][block]["norm"][layer] for tree in (repaired, model.params))
+            new *= np.divide(*map(np.asarray, norms))[:, None]
         penalty = np.diag(np.sqrt((RIDGE + len(rows) / len(X)) * (X[:, rows] ** 2).sum(0)))
         # The ridge pulls towards the plain cut: solve for the difference.
         lost = X @ old - X[:, rows] @ old[rows]
@@ -63,6 +67,27 @@ def test_repair_solves_the_least_squares_problem(name, block, leaf):
         np.testing.assert_allclose(new[rows], old[rows] + change, rtol=1e-3, atol=1e-4)
         untouched = np.setdiff1d(np.arange(len(old)), rows)
         np.testing.assert_array_equal(new[untouched], old[untouched])
+
+
+def test_a_quiet_channel_s_weights_grow_in_the_norm():
+    """Norms silence a kept channel that must speak for others: no weight behind it may explode."""
+    model, batch = tiny.model(), tiny.rows(8)
+    params = jax.tree.map(np.array, model.params)
+    target = dataclasses.replace(tiny.SOURCE, embed=9)
+    plan = make_plan(tiny.random_scores(tiny.SOURCE), tiny.SOURCE, target)
+    blocks = {"attention": ("query", "key", "value"), "mlp": ("gate", "up")}
+    for block in blocks:
+        params["layers"][block]["norm"][:, plan.embed[0]] = 1e-4
+    model = models.Model(model.config, params)
+    repaired = repair(plan, params, grams(model, plan, [batch]))["layers"]
+    for block, readers in blocks.items():
+        grown = np.asarray(repaired[block]["norm"]) / params["layers"][block]["norm"]
+        assert grown[:, plan.embed[0]].min() > 10
+        sizes = [
+            sum(np.square(tree[block][r].reshape(4, 12, -1)).sum(-1) for r in readers)
+            for tree in (params["layers"], repaired)
+        ]
+        np.testing.assert_allclose(*sizes, rtol=1e-5)
 
 
 def test_redundant_neurons_are_recovered():
