@@ -11,7 +11,7 @@ from distill_jax.data import CorpusConfig
 from distill_jax.evaluation import EvaluationConfig
 from distill_jax.models import presets
 from distill_jax.parallel import MeshConfig
-from distill_jax.posttraining import DpoConfig, RejectionConfig, SftConfig
+from distill_jax.posttraining import LLAMA3, DpoConfig, RejectionConfig, SftConfig
 from distill_jax.pruning import PruneConfig
 from distill_jax.recipe import (
     DistillConfig,
@@ -61,9 +61,9 @@ def get_config(tokens: Literal["1B", "100B"] = "100B") -> Recipe:
         ),
         posttraining=PostTrainingConfig(
             task="capitals",
-            sft=SftConfig(sequence_length=4096),
+            sft=SftConfig(sequence_length=4096, template=LLAMA3),
             sft_train=_train(200, 1e-5, batch_rows=64),
-            rejection=RejectionConfig(samples=30),
+            rejection=RejectionConfig(samples=30, template=LLAMA3),
             rejection_train=_train(200, 1e-5, batch_rows=64),
             dpo=DpoConfig(),
             dpo_train=_train(100, 1e-5, batch_rows=64),

@@ -31,8 +31,8 @@ def get_config(size: Literal["default", "test"] = "default") -> Recipe:
         name="tiny-test" if test else "tiny",
         tokenizer=TokenizerConfig(vocab_size=vocab_size),
         corpus=CorpusConfig(
-            sequence_length=64 if test else 128,
-            train_rows=64 if test else 1200,
+            sequence_length=128,
+            train_rows=48 if test else 1200,
             held_out_rows=16 if test else 64,
             out_of_domain_rows=8 if test else 32,
         ),
@@ -71,6 +71,7 @@ def get_config(size: Literal["default", "test"] = "default") -> Recipe:
             problems=24 if test else None,
             sft=SftConfig(sequence_length=128),
             sft_train=_train(80 if test else steps),
+            replay=0.25,
             rejection=RejectionConfig(samples=6, max_new_tokens=12),
             rejection_train=_train(steps // 2),
             dpo=DpoConfig(sequence_length=128),

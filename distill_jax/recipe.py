@@ -147,6 +147,9 @@ class PostTrainingConfig:
       problems: at most so many training problems are used; None for all.
       sft: rows and loss of supervised fine-tuning.
       sft_train: how it goes.
+      replay: of every row that fine-tuning sees, the share that is plain text of the corpus, in
+        [0, 1): without any, a small model forgets the text while it learns to answer (Ibrahim et
+        al., 2024). Rows of both must be of one length.
       rejection: how answers are drawn and chosen.
       rejection_train: fine-tuning on the chosen answers.
       dpo: pairs and loss of preference optimisation.
@@ -157,6 +160,7 @@ class PostTrainingConfig:
     problems: int | None = None
     sft: SftConfig = SftConfig()
     sft_train: TrainConfig
+    replay: float = 0.0
     rejection: RejectionConfig = RejectionConfig()
     rejection_train: TrainConfig
     dpo: DpoConfig = DpoConfig()
@@ -167,6 +171,8 @@ class PostTrainingConfig:
             raise InputError(f"posttraining.task: {self.task!r} is none of {', '.join(TASKS)}")
         if self.sft.template != self.rejection.template:
             raise InputError("posttraining: sft.template and rejection.template differ")
+        if not 0 <= self.replay < 1:
+            raise InputError(f"posttraining.replay is {self.replay}; it must be in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,6 +229,12 @@ class Recipe:
             made.append(name)
         if self.pruned_teacher not in self.teachers:
             raise InputError(f"pruned_teacher: {self.pruned_teacher!r} is none of {made}")
+        post, length = self.posttraining, self.corpus.sequence_length
+        if post is not None and post.replay and post.sft.sequence_length != length:
+            raise InputError(
+                f"posttraining.replay: rows of the corpus have {length} tokens, "
+                f"posttraining.sft.sequence_length is {post.sft.sequence_length}"
+            )
         for name, term in self.distill.terms.items():
             if name not in self.teachers:
                 raise InputError(f"distill.terms: {name!r} is none of the teachers {made}")

@@ -43,6 +43,8 @@ KILLS = (
     ("dpo", _CHECKPOINT),
     ("evaluate", "started.json"),
 )
+# These files are the last of their stage: at times it ends before the kill comes.
+BRIEF = {("prune", "plan.json"), ("distill/seed-0", "model.json")}
 
 
 def start(out):
@@ -84,8 +86,8 @@ def kill_in(out, stage, sign):
 
 
 def test_kill_at_any_stage_ends_with_the_same_bits(whole, tmp_path):
-    disturbed = [kill_in(tmp_path, stage, sign) for stage, sign in KILLS]
-    assert sum(disturbed) >= len(KILLS) - 2
+    missed = {kill for kill in KILLS if not kill_in(tmp_path, *kill)}
+    assert missed <= BRIEF
     process = start(tmp_path)
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
@@ -170,7 +172,7 @@ def test_generate_inspect_and_verify(whole, capsys):
     store = str(whole / "targets" / "large" / "samples")
     assert run("inspect", store)
     found = run("verify", store, "--corpus", str(whole / "corpus"), "--sample", "2")
-    assert found["rows"] == 64
+    assert found["rows"] == 48
     exported = run("inspect", str(whole / "export"))
     assert exported["figures"]["parameters"] == models.load_config(whole / "dpo").parameters
     assert run("inspect", str(whole / "prune" / "plan.json"))["kept"]["layers"]

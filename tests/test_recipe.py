@@ -83,6 +83,13 @@ def test_wrong_files_are_told(tmp_path):
         load_recipe(tmp_path / "broken.py")
 
 
+def test_replayed_rows_must_fit():
+    with pytest.raises(InputError, match=r"replay is 1\.0; it must be in \[0, 1\)"):
+        load_recipe(TINY, ["posttraining.replay=1.0"])
+    with pytest.raises(InputError, match=r"have 128 tokens, .*sequence_length is 64"):
+        load_recipe(TINY, ["posttraining.sft.sequence_length=64"])
+
+
 def test_exactly_one_start():
     with pytest.raises(InputError, match="exactly one of source, teacher and shape"):
         TeacherConfig(source="a", teacher="b")

@@ -4,6 +4,7 @@ from distill_jax.posttraining.answers import Answer, accuracy, answer
 from distill_jax.posttraining.chat import (
     CHATML,
     CHATML_SPECIALS,
+    LLAMA3,
     Example,
     Message,
     chat_template,
@@ -30,7 +31,7 @@ from distill_jax.posttraining.rejection import (
     sample,
     write_samples,
 )
-from distill_jax.posttraining.rows import Record, pack
+from distill_jax.posttraining.rows import Record, pack, with_replay
 from distill_jax.posttraining.sft import SftConfig, sft_loss, sft_rows
 from distill_jax.posttraining.tasks import (
     TASKS,
@@ -44,6 +45,7 @@ from distill_jax.posttraining.tasks import (
 __all__ = [
     "CHATML",
     "CHATML_SPECIALS",
+    "LLAMA3",
     "TASKS",
     "Answer",
     "DpoConfig",
@@ -79,5 +81,6 @@ __all__ = [
     "sft_rows",
     "to_messages",
     "with_reference",
+    "with_replay",
     "write_samples",
 ]

@@ -38,6 +38,20 @@ CHATML = (
 CHATML_SPECIALS = ("<|im_start|>", "<|im_end|>")
 """The special tokens that `CHATML` needs a tokenizer to have."""
 
+LLAMA3 = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
+"""Llama 3's prompt format without a default system message; its base models bring no template."""
+
 # Unicode noncharacters, which no text may hold, mark the rendered text and are taken out again.
 _START, _END, _LITERAL = "\ufdd0", "\ufdd1", "\ufdd2"
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from distill_jax.artifacts import InputError
+from distill_jax.data import RowSource, next_token_labels
 from distill_jax.posttraining.chat import Example
 
 Record = dict[str, np.ndarray]
@@ -51,6 +52,37 @@ def pack(examples: Iterable[Example], sequence_length: int, *, pad_id: int = 0) 
         row.examples.append(example)
         row.free -= length
     return [to_record(row.examples, sequence_length, pad_id=pad_id) for row in rows]
+
+
+def with_replay(rows: Sequence[Record], corpus: RowSource, share: float) -> list[Record]:
+    """The rows, and behind them so many of plain text that these make up `share` of all.
+
+    Every token of the text is learnt: what the model knew is rehearsed while it learns to answer
+    (Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually Pre-train").
+
+    Args:
+      rows: as `pack` makes them.
+      corpus: records with "tokens" and "segment_ids" [T]; the first ones are taken, all if they
+        are too few.
+      share: in [0, 1).
+
+    Raises:
+      InputError: the text's rows have another length.
+    """
+    count = min(round(len(rows) * share / (1 - share)), len(corpus))
+    replayed = []
+    for index in range(count):
+        tokens, segment_ids = (corpus[index][name] for name in ("tokens", "segment_ids"))
+        if len(tokens) != len(rows[0]["tokens"]):
+            raise InputError(
+                f"replay: rows of text have {len(tokens)} tokens, the others "
+                f"{len(rows[0]['tokens'])}"
+            )
+        labels, where = next_token_labels(tokens, segment_ids)
+        replayed.append(
+            {"tokens": tokens, "segment_ids": segment_ids, "labels": labels, "where": where}
+        )
+    return [*rows, *replayed]
 
 
 def to_record(examples: Sequence[Example], sequence_length: int, *, pad_id: int = 0) -> Record:

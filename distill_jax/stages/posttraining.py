@@ -32,8 +32,8 @@ def stages(run: Run) -> list[Stage]:
         )
 
     return [
-        stage(SFT, ("sft", "sft_train"), (start,), _sft),
-        stage(REJECTION, ("sft", "rejection", "rejection_train"), (SFT,), _rejection),
+        stage(SFT, ("sft", "sft_train", "replay"), (start,), _sft),
+        stage(REJECTION, ("sft", "replay", "rejection", "rejection_train"), (SFT,), _rejection),
         stage(DPO, ("rejection", "dpo", "dpo_train"), (REJECTION,), _dpo),
     ]
 
@@ -41,6 +41,14 @@ def stages(run: Run) -> list[Stage]:
 def _problems(config: PostTrainingConfig) -> tuple[posttraining.Task, list[posttraining.Problem]]:
     task = posttraining.load_task(config.task)
     return task, list(task.train[: config.problems])
+
+
+def _fine_tuning_rows(
+    run: Run, config: PostTrainingConfig, conversations: Sequence[Any]
+) -> list[posttraining.Record]:
+    """Rows of the conversations, and as many of the corpus as `replay` asks for."""
+    rows = posttraining.sft_rows(run.tokenizer, conversations, config.sft)
+    return posttraining.with_replay(rows, run.corpus("train"), config.replay)
 
 
 def _train(
@@ -59,7 +67,7 @@ def _train(
 def _sft(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, Any]:
     model = run.load(context.student(run.recipe.seeds[0]))
     _, problems = _problems(config)
-    rows = posttraining.sft_rows(run.tokenizer, posttraining.demonstrations(problems), config.sft)
+    rows = _fine_tuning_rows(run, config, posttraining.demonstrations(problems))
     loss_fn = posttraining.sft_loss(model.config, config.sft, remat=config.sft_train.remat)
     return _train(run, place, model, loss_fn, rows, config.sft_train)
 
@@ -77,7 +85,7 @@ def _rejection(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[
             f"{place}: no sample of {figures['samples']} was good enough to choose; train longer "
             "before, draw more samples, or lower posttraining.rejection.threshold"
         )
-    rows = posttraining.sft_rows(run.tokenizer, examples, config.sft)
+    rows = _fine_tuning_rows(run, config, examples)
     loss_fn = posttraining.sft_loss(model.config, config.sft, remat=config.rejection_train.remat)
     return {**figures, **_train(run, place, model, loss_fn, rows, config.rejection_train)}
 

@@ -2,8 +2,17 @@ import random
 
 import pytest
 
+from distill_jax import data
 from distill_jax.artifacts import InputError
-from distill_jax.posttraining import CHATML, Example, chat, encode_chat, encode_prompt, end_of_turn
+from distill_jax.posttraining import (
+    CHATML,
+    LLAMA3,
+    Example,
+    chat,
+    encode_chat,
+    encode_prompt,
+    end_of_turn,
+)
 
 # The same turns without the tags, and with a default system message, as SmolLM2 has it.
 PLAIN = (
@@ -48,6 +57,29 @@ def test_the_assistants_turns_and_their_ends_are_trained(tokenizer, template):
     ids = [tokenizer.token_id("<|im_start|>"), tokenizer.token_id("<|im_end|>")]
     turns = len(CHAT) + (template != CHATML)
     assert [example.tokens.count(index) for index in ids] == [turns, turns]
+
+
+def test_llama_3_as_meta_writes_it():
+    """The prompt format of Meta's model card, by hand."""
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    specials = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    tokenizer = data.train_tokenizer(
+        ["What is 7 + 5?", "12 user assistant"], 300, specials=specials
+    )
+    expected = (
+        "<|begin_of_text|>" + header.format("user") + "What is 7 + 5?<|eot_id|>"
+        + header.format("assistant") + "12<|eot_id|>"
+    )  # fmt: skip
+    messages = [
+        {"role": "user", "content": " What is 7 + 5?\n"},
+        {"role": "assistant", "content": "12"},
+    ]
+    example = encode_chat(tokenizer, messages, LLAMA3)
+    assert example.tokens == tokenizer.encode(expected, special=True)
+    assert trained_text(tokenizer, example) == ["12<|eot_id|>"]
+    prompt = expected[: expected.index("12<|eot_id|>")]
+    assert encode_prompt(tokenizer, messages[:1], LLAMA3) == tokenizer.encode(prompt, special=True)
+    assert end_of_turn(tokenizer, LLAMA3) == tokenizer.token_id("<|eot_id|>")
 
 
 def test_a_template_without_tags_gives_the_tokens_and_mask_of_one_with_them(tokenizer):

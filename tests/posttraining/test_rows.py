@@ -5,7 +5,7 @@ import pytest
 
 from distill_jax import data
 from distill_jax.artifacts import InputError
-from distill_jax.posttraining import Example, pack
+from distill_jax.posttraining import Example, pack, with_replay
 
 
 def random_examples(source: np.random.Generator, count: int, longest: int) -> list[Example]:
@@ -70,3 +70,22 @@ def test_what_does_not_fit_or_teaches_nothing_is_refused():
         pack([short, Example([1] * 9, [True] * 9)], 8)
     with pytest.raises(InputError, match="example 1: no token to learn"):
         pack([short, Example([1, 2], [True, False])], 8)
+
+
+def test_replayed_text_is_learnt_whole_and_makes_up_its_share():
+    rows = pack([Example([1, 2, 3], [False, False, True])] * 6, 4)
+    text = {
+        "tokens": np.array([5, 6, 7, 8], np.int32),
+        "segment_ids": np.array([1, 1, 2, 2], np.int32),
+        "key": "left behind",
+    }
+    mixed = with_replay(rows, [text] * 9, 0.25)
+    assert len(mixed) == 8
+    assert all(new is old for new, old in zip(mixed, rows, strict=False))
+    assert mixed[6].keys() == rows[0].keys()
+    np.testing.assert_array_equal(mixed[7]["where"], [True, False, True, False])
+    np.testing.assert_array_equal(mixed[7]["labels"], [6, 0, 8, 0])
+    assert with_replay(rows, [text] * 9, 0.0) == rows
+    assert len(with_replay(rows, [text], 0.9)) == 7  # there is no more text than that
+    with pytest.raises(InputError, match="rows of text have 4 tokens, the others 8"):
+        with_replay(pack([Example([1, 2], [False, True])], 8), [text], 0.5)
