@@ -1,86 +1,15 @@
-"""Llama 3.1 8B -> Llama 3.2 3B, taught by 8B and 70B, as Meta describes it.
+"""Llama 3.1 8B -> Llama 3.2 3B: the recipe of the 1B beside this file, with the 3B's shape."""
 
-Point LLAMA_3_1_8B and LLAMA_3_1_70B at Hugging Face folders (gs:// works) and CORPUS at JSON lines
-with a field "text". Meta trained on up to 9T tokens; the steps here are a first 100B.
-"""
-
-import os
+import dataclasses
+import pathlib
 from typing import Literal
 
-from distill_jax.data import CorpusConfig
-from distill_jax.evaluation import EvaluationConfig
 from distill_jax.models import presets
-from distill_jax.parallel import MeshConfig
-from distill_jax.posttraining import LLAMA3, DpoConfig, RejectionConfig, SftConfig
-from distill_jax.pruning import PruneConfig
-from distill_jax.recipe import (
-    DistillConfig,
-    PostTrainingConfig,
-    Recipe,
-    TargetsConfig,
-    TeacherConfig,
-    Term,
-    TokenizerConfig,
-)
-from distill_jax.teachers import RandomSampling, TopK, WriteConfig
-from distill_jax.training import OptimizerConfig, TrainConfig
-
-LLAMA_3_1_8B = os.environ.get("LLAMA_3_1_8B", "Llama-3.1-8B")
-LLAMA_3_1_70B = os.environ.get("LLAMA_3_1_70B", "Llama-3.1-70B")
-CORPUS = os.environ.get("CORPUS", "corpus.jsonl")
+from distill_jax.recipe import Recipe, load_recipe
 
 
 def get_config(tokens: Literal["1B", "100B"] = "100B") -> Recipe:
-    batch_rows, sequence_length = 512, 4096
-    steps = {"1B": 10**9, "100B": 10**11}[tokens] // (batch_rows * sequence_length)
-    return Recipe(
-        name="llama3_2_3b",
-        tokenizer=TokenizerConfig(source=LLAMA_3_1_8B),
-        corpus=CorpusConfig(
-            source=CORPUS,
-            field="text",
-            out_of_domain=None,
-            sequence_length=sequence_length,
-            held_out_fraction=0.001,
-            held_out_rows=1024,
-        ),
-        teachers={
-            "8b": TeacherConfig(source=LLAMA_3_1_8B),
-            "70b": TeacherConfig(source=LLAMA_3_1_70B),
-        },
-        targets=TargetsConfig(
-            schemes={"top_k": TopK(k=64), "samples": RandomSampling(draws=50)},
-            write=WriteConfig(batch_rows=64, rows_per_shard=4096),
-        ),
-        pruned_teacher="8b",
-        prune=PruneConfig(target=presets.LLAMA_3_2_3B),
-        distill=DistillConfig(
-            terms={"8b": Term(weight=0.45), "70b": Term(weight=0.45)},
-            hard_weight=0.1,
-            train=_train(steps, 2e-4, batch_rows=batch_rows),
-        ),
-        posttraining=PostTrainingConfig(
-            task="capitals",
-            sft=SftConfig(sequence_length=4096, template=LLAMA3),
-            sft_train=_train(200, 1e-5, batch_rows=64),
-            rejection=RejectionConfig(samples=30, template=LLAMA3),
-            rejection_train=_train(200, 1e-5, batch_rows=64),
-            dpo=DpoConfig(),
-            dpo_train=_train(100, 1e-5, batch_rows=64),
-        ),
-        evaluation=EvaluationConfig(batch_rows=64, chunk_tokens=8192),
-        prompts=("The capital of France is",),
-        mesh=MeshConfig(fsdp=-1),
-    )
-
-
-def _train(steps: int, learning_rate: float, *, batch_rows: int) -> TrainConfig:
-    return TrainConfig(
-        steps=steps,
-        batch_rows=batch_rows,
-        optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_fraction=0.02),
-        remat="full",
-        compute_dtype="bfloat16",
-        checkpoint_every=500,
-        log_every=10,
-    )
+    one_b = pathlib.Path(__file__).with_name("llama3_2_1b.py")
+    recipe = load_recipe(one_b, [f"tokens={tokens}"])
+    prune = dataclasses.replace(recipe.prune, target=presets.LLAMA_3_2_3B)
+    return dataclasses.replace(recipe, name="llama3_2_3b", prune=prune)
