@@ -283,24 +283,6 @@ def test_a_config_that_is_no_plain_llama_is_refused(tmp_path, change, complaint)
         models.load(write_folder(tmp_path, tensors(), **change))
 
 
-def test_metas_own_config_is_the_preset():
-    value = json.loads("""{
-        "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
-        "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu",
-        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192,
-        "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama",
-        "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
-        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0,
-        "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
-        "rope_type": "llama3"}, "rope_theta": 500000.0, "tie_word_embeddings": true,
-        "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 128256}""")
-    assert models.config_from_hugging_face(value, "config.json") == models.LLAMA_3_2_1B
-    ours = models.config_to_hugging_face(
-        models.LLAMA_3_2_1B, dtype=jnp.bfloat16, bos_id=128000, eos_id=128001
-    )
-    assert {key: value[key] for key in ours} == ours
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 5000])
 def test_export_then_import_is_bit_exact(tmp_path, model, dtype, max_shard_bytes):
