@@ -202,7 +202,7 @@ def _stored_targets(run: Run) -> list[evaluation.StoredTargets]:
     return found
 
 
-def _finished(run: Run) -> list[evaluation.Stage]:
+def _finished(run: Run) -> list[evaluation.FinishedStage]:
     manifests = [
         pipeline.read_manifest(path.parent)
         for path in artifacts.files_below(run.directory)
@@ -210,7 +210,7 @@ def _finished(run: Run) -> list[evaluation.Stage]:
     ]
     manifests.sort(key=lambda manifest: manifest["finished"])
     return [
-        evaluation.Stage(
+        evaluation.FinishedStage(
             name=manifest["stage"],
             summary=_summary(manifest["figures"]),
             seconds=manifest["seconds"],

@@ -6,11 +6,11 @@ from distill_jax.evaluation import (
     Answer,
     Curve,
     Cut,
+    FinishedStage,
     NextToken,
     Prompt,
     Report,
     Row,
-    Stage,
     StoredTargets,
 )
 
@@ -256,17 +256,21 @@ def example_report(seeds=3):
             ),
         ],
         stages=[
-            Stage(
+            FinishedStage(
                 name="corpus", summary="2,400 rows of 512 tokens from 9,816 passages", seconds=21.4
             ),
-            Stage(
+            FinishedStage(
                 name="teacher correction", summary="120 steps: 20.8 → 18.1 perplexity", seconds=412
             ),
-            Stage(name="targets", summary="two teachers, 1.2M tokens each", seconds=1530),
-            Stage(name="prune", summary="135M → 47M on 128 calibration rows", seconds=48.1),
-            Stage(name="distill", summary="3 seeds and 2 controls, 300 steps each", seconds=1985),
-            Stage(name="post-training", summary="SFT, rejection sampling, DPO", seconds=261),
-            Stage(name="evaluate", summary="15 models on 128 rows", seconds=204),
+            FinishedStage(name="targets", summary="two teachers, 1.2M tokens each", seconds=1530),
+            FinishedStage(name="prune", summary="135M → 47M on 128 calibration rows", seconds=48.1),
+            FinishedStage(
+                name="distill", summary="3 seeds and 2 controls, 300 steps each", seconds=1985
+            ),
+            FinishedStage(
+                name="post-training", summary="SFT, rejection sampling, DPO", seconds=261
+            ),
+            FinishedStage(name="evaluate", summary="15 models on 128 rows", seconds=204),
         ],
         commands=["scripts/run configs/smollm2_135m.py --set size=full"],
         versions={

@@ -132,7 +132,7 @@ class StoredTargets:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
+class FinishedStage:
     """One step of the run: its name, what came of it in a few words, and how long it took."""
 
     name: str
@@ -173,7 +173,7 @@ class Report:
     curve_metrics: Sequence[tuple[str, str]] = (("hard", "Cross-entropy on the training text"),)
     prompts: Sequence[Prompt] = ()
     targets: Sequence[StoredTargets] = ()
-    stages: Sequence[Stage] = ()
+    stages: Sequence[FinishedStage] = ()
     commands: Sequence[str] = ()
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
