@@ -1,7 +1,9 @@
 """Llama 3.1 8B -> Llama 3.2 1B, taught by 8B and 70B, as Meta describes it.
 
-Point LLAMA_3_1_8B and LLAMA_3_1_70B at Hugging Face folders (gs:// works) and CORPUS at JSON lines
-with a field "text". Meta trained on up to 9T tokens; the steps here are a first 100B.
+Point LLAMA_3_1_8B and LLAMA_3_1_70B at Hugging Face folders (gs:// works where gcsfs is installed)
+and CORPUS at JSON lines with a field "text". Meta trained on up to 9T tokens; the steps here are a
+first 100B. Teachers are held, and written once more to the run's directory, in float32: 282 GB for
+70B. `evaluate` holds all models at once.
 """
 
 import os
@@ -22,7 +24,7 @@ from distill_jax.recipe import (
     Term,
     TokenizerConfig,
 )
-from distill_jax.teachers import RandomSampling, TopK, WriteConfig
+from distill_jax.teachers import RandomSampling, WriteConfig
 from distill_jax.training import OptimizerConfig, TrainConfig
 
 LLAMA_3_1_8B = os.environ.get("LLAMA_3_1_8B", "Llama-3.1-8B")
@@ -34,13 +36,14 @@ def get_config(tokens: Literal["1B", "100B"] = "100B") -> Recipe:
     batch_rows, sequence_length = 512, 4096
     steps = {"1B": 10**9, "100B": 10**11}[tokens] // (batch_rows * sequence_length)
     return Recipe(
-        name="llama3_2_1b",
+        name=f"llama3_2_1b-{tokens}",
         tokenizer=TokenizerConfig(source=LLAMA_3_1_8B),
         corpus=CorpusConfig(
             source=CORPUS,
             field="text",
             out_of_domain=None,
             sequence_length=sequence_length,
+            train_rows=steps * batch_rows,
             held_out_fraction=0.001,
             held_out_rows=1024,
         ),
@@ -49,7 +52,7 @@ def get_config(tokens: Literal["1B", "100B"] = "100B") -> Recipe:
             "70b": TeacherConfig(source=LLAMA_3_1_70B),
         },
         targets=TargetsConfig(
-            schemes={"top_k": TopK(k=64), "samples": RandomSampling(draws=50)},
+            schemes={"samples": RandomSampling(draws=50)},
             write=WriteConfig(batch_rows=64, rows_per_shard=4096),
         ),
         pruned_teacher="8b",

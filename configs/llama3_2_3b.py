@@ -12,4 +12,4 @@ def get_config(tokens: Literal["1B", "100B"] = "100B") -> Recipe:
     one_b = pathlib.Path(__file__).with_name("llama3_2_1b.py")
     recipe = load_recipe(one_b, [f"tokens={tokens}"])
     prune = dataclasses.replace(recipe.prune, target=presets.LLAMA_3_2_3B)
-    return dataclasses.replace(recipe, name="llama3_2_3b", prune=prune)
+    return dataclasses.replace(recipe, name=f"llama3_2_3b-{tokens}", prune=prune)

@@ -32,7 +32,7 @@ STUDENT = dataclasses.replace(
 
 def get_config(size: Literal["default", "full"] = "default") -> Recipe:
     full = size == "full"
-    # Every row is seen once by the student at most.
+    # Distillation sees each row once at most.
     train_rows, distill_steps = (320, 60) if full else (96, 24)
     return Recipe(
         name="smollm2_135m-full" if full else "smollm2_135m",
@@ -79,7 +79,7 @@ def get_config(size: Literal["default", "full"] = "default") -> Recipe:
         notes=(
             "SmolLM2 is the 4-bit (Q4_1) instruct model, dequantised: it is a little worse than "
             "the original, and it was tuned for conversation, not for this text.",
-            "A few hundred thousand tokens cannot finish a student: what counts here is the "
+            f"{distill_steps * 4 * 256:,} tokens cannot finish a student: what counts here is the "
             "comparison at equal tokens, not the absolute figures.",
         ),
     )

@@ -21,13 +21,13 @@ class InputError(ValueError):
 
 
 def resolve(path: str | os.PathLike[str]) -> epath.Path:
-    """The place `path` names: a local path, `gs://...`, or `package://name/file`.
+    """The place `path` names: a local path, `gs://...` (with gcsfs), or `package://name/file`.
 
     `package://name/file` is a data file inside an installed Python package, found without
     importing the package.
 
     Raises:
-      InputError: the package is not installed, or nothing is there.
+      InputError: the package, or a bucket's client, is not installed, or nothing is there.
     """
     text = os.fspath(path)
     if text.startswith(_PACKAGE_SCHEME):
@@ -41,7 +41,11 @@ def resolve(path: str | os.PathLike[str]) -> epath.Path:
         place = epath.Path(spec.submodule_search_locations[0]) / inner
     else:
         place = epath.Path(text).expanduser()
-    if not place.exists():
+    try:
+        found = place.exists()
+    except ImportError as error:  # a bucket whose client library is not installed
+        raise InputError(f"{text}: {error}") from error
+    if not found:
         raise InputError(f"{text}: no such file or directory")
     return place
 

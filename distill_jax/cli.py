@@ -40,8 +40,8 @@ examples:
   distill-jax prune configs/tiny.py --out runs/mine
       one stage alone; the stages that it reads must have been run there
   distill-jax generate runs/mine/distill/seed-0 --prompt "The capital of France is"
-  distill-jax inspect runs/mine/targets/first/samples
-  distill-jax verify runs/mine/targets/first/samples --corpus runs/mine/corpus"""
+  distill-jax inspect runs/mine/targets/large/samples
+  distill-jax verify runs/mine/targets/large/samples --corpus runs/mine/corpus"""
 
 _STAGE_HELP = {
     "corpus": "tokenize and pack the texts",

@@ -98,6 +98,8 @@ def run(
     fingerprints: dict[str, str] = {}
     figures: dict[str, Mapping[str, Any]] = {}
     wanted = [stage for stage in stages if command in (None, stage.command)]
+    if not wanted:
+        raise InputError(f"the recipe has no stage {command!r}")
     read = _inputs_of(wanted, stages)
     with _alone(directory):
         for stage in stages:
@@ -111,7 +113,12 @@ def run(
                         f"{place}: not there yet; run the stage {stage.command!r} before "
                         f"{command!r}"
                     )
-                manifest = _fitting(place, MANIFEST, _identity(stage, fingerprints))
+                try:
+                    manifest = _fitting(place, MANIFEST, _identity(stage, fingerprints))
+                except _OtherRecipe as error:
+                    raise InputError(
+                        f"{error}; run {stage.command!r} with --overwrite before {command!r}"
+                    ) from None
             else:
                 continue
             fingerprints[stage.name] = manifest["fingerprint"]
@@ -171,10 +178,7 @@ def _fitting(place: epath.Path, name: str, identity: Mapping[str, Any]) -> dict[
         changes = artifacts.diff(
             {key: found[key] for key in keys}, {key: identity[key] for key in keys}
         )
-        raise _OtherRecipe(
-            f"{place} holds the result of another recipe ({'; '.join(changes)}); "
-            "use --overwrite to replace it, or another --out"
-        )
+        raise _OtherRecipe(f"{place} holds the result of another recipe ({'; '.join(changes)})")
     return found
 
 
@@ -191,9 +195,11 @@ def _claim(place: epath.Path, identity: Mapping[str, Any], overwrite: bool) -> N
     for name in markers:
         try:
             _fitting(place, name, identity)
-        except _OtherRecipe:
+        except _OtherRecipe as error:
             if not overwrite:
-                raise
+                raise InputError(
+                    f"{error}; use --overwrite to replace it, or another --out"
+                ) from None
             # Renamed first: a kill in the middle must not leave half a result without its marker.
             place.rename(trash)
             trash.rmtree()

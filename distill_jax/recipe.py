@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import inspect
 import os
@@ -121,6 +122,10 @@ class DistillConfig:
     hard_weight: float
     train: TrainConfig
 
+    def __post_init__(self) -> None:
+        if not self.hard_weight >= 0:
+            raise InputError(f"distill.hard_weight is {self.hard_weight}; it must not be negative")
+
     def objective(self, temperature: float) -> losses.Objective:
         """The loss; `temperature` is that of the stored targets."""
         terms = {
@@ -147,9 +152,10 @@ class PostTrainingConfig:
       problems: at most so many training problems are used; None for all.
       sft: rows and loss of supervised fine-tuning.
       sft_train: how it goes.
-      replay: of every row that fine-tuning sees, the share that is plain text of the corpus, in
-        [0, 1): without any, a small model forgets the text while it learns to answer (Ibrahim et
-        al., 2024). Rows of both must be of one length.
+      replay: the share of fine-tuning's rows that are plain text of the corpus, in [0, 1): without
+        any, a small model forgets the text while it learns to answer (Ibrahim et al., 2024). Every
+        token of the text is learnt, and only answers of the others: of the loss it is far more.
+        Rows of both must be of one length.
       rejection: how answers are drawn and chosen.
       rejection_train: fine-tuning on the chosen answers.
       dpo: pairs and loss of preference optimisation.
@@ -275,12 +281,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     module = importlib.util.module_from_spec(spec)
     # Dataclasses defined in the file look themselves up by their module's name.
     sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+    _called(path, functools.partial(spec.loader.exec_module, module))
     get_config: Callable[..., Recipe] | None = getattr(module, "get_config", None)
     if get_config is None:
         raise InputError(f"{path}: has no function get_config")
@@ -295,33 +296,62 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             arguments[name] = _parse(name, value, hint)
         else:
             fields.append((name, value))
-    recipe = get_config(**arguments)
-    for name, value in fields:
-        recipe = _replace(recipe, name, name.split("."), value, type(recipe))
-    return recipe
+    recipe = _called(path, functools.partial(get_config, **arguments))
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"{path}: get_config returned {type(recipe).__name__}, not a Recipe")
+    return _replace(recipe, _nested(fields), "")
 
 
-def _replace(node: Any, name: str, path: list[str], text: str, hint: Any) -> Any:
-    """`node` with the field at `path` parsed from `text`."""
-    if not path:
-        return _parse(name, text, hint)
-    key, rest = path[0], path[1:]
+def _called(path: str | os.PathLike[str], call: Callable[[], Any]) -> Any:
+    """What a user's code returns; its mistakes are told with the name of the file."""
+    try:
+        return call()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _nested(fields: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Texts by dotted name as texts by name, level by level."""
+    tree: dict[str, Any] = {}
+    for name, text in fields:
+        *above, last = name.split(".")
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise InputError(f"--set {name}: {key!r} is set as a whole, too")
+        if isinstance(node.get(last), dict):
+            raise InputError(f"--set {name}: its fields are set, too")
+        node[last] = text
+    return tree
+
+
+def _replace(node: Any, changes: Mapping[str, Any], prefix: str) -> Any:
+    """`node` with all changes below it made at once, so that they are checked together."""
+    values: dict[str, Any] = {}
+    for key, change in changes.items():
+        name = f"{prefix}{key}"
+        if isinstance(node, Mapping):
+            known, hints = list(node), dict.fromkeys(node, type(node.get(key)))
+        elif dataclasses.is_dataclass(node):
+            known = [field.name for field in dataclasses.fields(node)]
+            hints = typing.get_type_hints(type(node))
+        else:
+            raise InputError(f"--set {name}: there is nothing below {prefix.rstrip('.')!r}")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or '-'}"
+            raise InputError(f"--set {name}: unknown field {key!r}; {hint}")
+        child = node[key] if isinstance(node, Mapping) else getattr(node, key)
+        if isinstance(change, str):
+            values[key] = _parse(name, change, hints[key])
+        else:
+            values[key] = _replace(child, change, f"{name}.")
     if isinstance(node, Mapping):
-        known, hints = list(node), dict.fromkeys(node, type(node.get(key)))
-    elif dataclasses.is_dataclass(node):
-        known = [field.name for field in dataclasses.fields(node)]
-        hints = typing.get_type_hints(type(node))
-    else:
-        raise InputError(f"--set {name}: there is nothing below {'.'.join(name.split('.')[:-1])!r}")
-    if key not in known:
-        close = difflib.get_close_matches(key, known, n=1)
-        hint_text = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or '-'}"
-        raise InputError(f"--set {name}: unknown field {key!r}; {hint_text}")
-    child = node[key] if isinstance(node, Mapping) else getattr(node, key)
-    value = _replace(child, name, rest, text, hints[key])
-    if isinstance(node, Mapping):
-        return {**node, key: value}
-    return dataclasses.replace(node, **{key: value})
+        return {**node, **values}
+    return dataclasses.replace(node, **values)
 
 
 def _parse(name: str, text: str, hint: Any) -> Any:

@@ -133,3 +133,17 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
     )
     with pytest.raises(InputError, match="another run is at work there"):
         pipeline.run([inner], place)
+
+
+def test_an_input_of_another_recipe_is_to_be_made_again_first(tmp_path):
+    place, log = epath.Path(tmp_path), []
+    pipeline.run(make_stages(log), place)
+    stages = make_stages(log)
+    stages[0] = dataclasses.replace(stages[0], recipe={"size": 4})
+    with pytest.raises(InputError, match=r"size: 3 -> 4.*run 'one' with --overwrite before 'two'"):
+        pipeline.run(stages, place, command="two", overwrite=True)
+
+
+def test_a_command_without_stages_is_refused(tmp_path):
+    with pytest.raises(InputError, match="the recipe has no stage 'three'"):
+        pipeline.run(make_stages([]), epath.Path(tmp_path), command="three")

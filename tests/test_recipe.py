@@ -64,6 +64,7 @@ def test_a_parameter_of_get_config_and_fields_by_dotted_name():
         ("seeds=[0, 0]", "are not distinct numbers from 0 on"),
         ("seeds=[-1]", "are not distinct numbers from 0 on"),
         ("distill.train.optimizer.learning_rate=-1", "learning_rate is -1"),
+        ("distill.hard_weight=-1.0", "distill.hard_weight is -1.0"),
     ],
 )
 def test_wrong_overrides_are_told_in_one_line(override, message):
@@ -81,6 +82,26 @@ def test_wrong_files_are_told(tmp_path):
     (tmp_path / "broken.py").write_text("def get_config(:\n")
     with pytest.raises(InputError, match=r"broken\.py: SyntaxError"):
         load_recipe(tmp_path / "broken.py")
+
+
+def test_mistakes_in_get_config_are_told(tmp_path):
+    (tmp_path / "wrong.py").write_text("def get_config():\n    return dict(nme=1) + 1\n")
+    with pytest.raises(InputError, match=r"wrong\.py: TypeError: "):
+        load_recipe(tmp_path / "wrong.py")
+    (tmp_path / "nothing.py").write_text("def get_config():\n    pass\n")
+    with pytest.raises(InputError, match="get_config returned NoneType, not a Recipe"):
+        load_recipe(tmp_path / "nothing.py")
+
+
+def test_fields_that_must_agree_change_together():
+    lengths = ["corpus.sequence_length=64", "posttraining.sft.sequence_length=64"]
+    for overrides in (lengths, lengths[::-1]):
+        recipe = load_recipe(TINY, overrides)
+        assert recipe.corpus.sequence_length == recipe.posttraining.sft.sequence_length == 64
+    whole = ["posttraining=null", "posttraining.replay=0.1"]
+    for overrides in (whole, whole[::-1]):
+        with pytest.raises(InputError, match=r"set as a whole, too|its fields are set, too"):
+            load_recipe(TINY, overrides)
 
 
 def test_replayed_rows_must_fit():
@@ -134,6 +155,8 @@ def test_the_objective_is_the_weighted_sum_of_the_terms():
         ("distill.train.batch_rows=4", "distill.train.batch_rows: 4 rows .* 8 devices"),
         ("evaluation.batch_rows=6", "evaluation.batch_rows: 6 rows .* 8 devices"),
         ("prune.target.embed=90", "90"),
+        ("corpus.train_rows=4", "teachers.large.train.batch_rows: a batch has 8 rows, .* is 4"),
+        ('prompts=[""]', "prompts: one is empty"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(override, message):

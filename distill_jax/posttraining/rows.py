@@ -1,6 +1,7 @@
 """Packs examples into rows of one length, as `data.batches` takes them."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -55,7 +56,7 @@ def pack(examples: Iterable[Example], sequence_length: int, *, pad_id: int = 0) 
 
 
 def with_replay(rows: Sequence[Record], corpus: RowSource, share: float) -> list[Record]:
-    """The rows, and behind them so many of plain text that these make up `share` of all.
+    """The rows, and behind them so many of plain text that these make up `share` of all rows.
 
     Every token of the text is learnt: what the model knew is rehearsed while it learns to answer
     (Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually Pre-train").
@@ -64,15 +65,16 @@ def with_replay(rows: Sequence[Record], corpus: RowSource, share: float) -> list
       rows: as `pack` makes them.
       corpus: records with "tokens" and "segment_ids" [T]; the first ones are taken, all if they
         are too few.
-      share: in [0, 1).
+      share: of the rows, in [0, 1); rounded up.
 
     Raises:
       InputError: the text's rows have another length.
     """
-    count = min(round(len(rows) * share / (1 - share)), len(corpus))
+    count = min(math.ceil(len(rows) * share / (1 - share)), len(corpus))
     replayed = []
     for index in range(count):
-        tokens, segment_ids = (corpus[index][name] for name in ("tokens", "segment_ids"))
+        record = corpus[index]
+        tokens, segment_ids = record["tokens"], record["segment_ids"]
         if len(tokens) != len(rows[0]["tokens"]):
             raise InputError(
                 f"replay: rows of text have {len(tokens)} tokens, the others "

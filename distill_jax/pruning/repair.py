@@ -104,7 +104,8 @@ def repair(plan: Plan, params: models.Params, sums: Grams, *, ridge: float = 1e-
         weights = (params["unembedding"][None],)
         damping = ridge + kept["final"].shape[-1] / sums["tokens"]
         new = _absorb(weights, sums["final"][None], np.zeros(1, int), kept["final"], damping)
-        params = params | {"unembedding": new[0][0]}
+        norm, new = _balance(params["final_norm"][None], weights, new)
+        params = params | {"final_norm": norm[0], "unembedding": new[0][0]}
     return params
 
 

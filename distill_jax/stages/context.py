@@ -9,7 +9,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from distill_jax import data, models, parallel, training
+from distill_jax import data, models, parallel, posttraining, training
 from distill_jax.recipe import Recipe
 
 CORPUS, PRUNE, SFT, REJECTION, DPO = "corpus", "prune", "sft", "rejection-sample", "dpo"
@@ -39,6 +39,14 @@ class Run:
     def tokenizer(self) -> data.Tokenizer:
         """The tokenizer that the corpus was made with."""
         return data.load_tokenizer(self.directory / CORPUS)
+
+    def chat_tokenizer(self) -> data.Tokenizer:
+        """The tokenizer with the template that post-training used, for whoever asks the model."""
+        tokenizer = data.load_tokenizer(self.directory / CORPUS)
+        if self.recipe.posttraining is not None:
+            template = self.recipe.posttraining.rejection.template
+            tokenizer.chat_template = posttraining.chat_template(tokenizer, template)
+        return tokenizer
 
     def corpus(self, split: str) -> data.Corpus:
         """One split of the corpus."""
@@ -122,6 +130,17 @@ def student(seed: int) -> str:
 def control(kind: str, seed: int) -> str:
     """The stage that trains one control."""
     return f"controls/{kind}/seed-{seed}"
+
+
+def model_stages(recipe: Recipe) -> list[str]:
+    """The stages that leave a model, in the order they are made."""
+    return [
+        *map(teacher, recipe.teachers),
+        PRUNE,
+        *(control(kind, seed) for kind in recipe.controls for seed in recipe.seeds),
+        *map(student, recipe.seeds),
+        *((SFT, REJECTION, DPO) if recipe.posttraining else ()),
+    ]
 
 
 def _figures(metrics: list[dict[str, float]]) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def _train(
 ) -> dict[str, Any]:
     """Trains on a few rows: a set smaller than a batch is repeated whole until it fills one."""
     repeats = -(-config.batch_rows // len(rows))
-    return {"rows": len(rows), **run.train(place, model, loss_fn, [*rows] * repeats, config)}
+    figures = run.train(place, model, loss_fn, [*rows] * repeats, config)
+    run.chat_tokenizer().save(place)
+    return {"rows": len(rows), **figures}
 
 
 def _sft(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def check(recipe: Recipe) -> None:
     models.config_to_hugging_face(small)
     _check_objective(recipe, small.vocab_size)
     _check_rows(recipe)
+    if not all(recipe.prompts):
+        raise InputError("prompts: one is empty; there is nothing to continue")
     if recipe.posttraining is not None:
         posttraining.load_task(recipe.posttraining.task)
         if tokenizer is not None:
@@ -79,11 +81,18 @@ def _check_objective(recipe: Recipe, vocab_size: int) -> None:
 
 
 def _check_rows(recipe: Recipe) -> None:
-    """Every batch must divide over the devices that rows are split over."""
+    """There must be rows for a batch, and it must divide over the devices."""
     mesh = parallel.make_mesh(recipe.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     runs = {f"teachers.{name}.train": t.train for name, t in recipe.teachers.items() if t.train}
     runs["distill.train"] = recipe.distill.train
+    there = recipe.corpus.train_rows
+    for name, run in runs.items():
+        if there is not None and there < run.batch_rows:
+            raise InputError(
+                f"{name}.batch_rows: a batch has {run.batch_rows} rows, "
+                f"corpus.train_rows is {there}"
+            )
     if recipe.posttraining is not None:
         for name in ("sft_train", "rejection_train", "dpo_train"):
             runs[f"posttraining.{name}"] = getattr(recipe.posttraining, name)

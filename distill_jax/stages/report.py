@@ -7,11 +7,21 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from distill_jax import artifacts, evaluation, pipeline, pruning
+from distill_jax import evaluation, pipeline, pruning
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import Recipe
 from distill_jax.stages import context
-from distill_jax.stages.context import DPO, EVALUATE, EXPORT, PRUNE, REJECTION, REPORT, SFT, Run
+from distill_jax.stages.context import (
+    CORPUS,
+    DPO,
+    EVALUATE,
+    EXPORT,
+    PRUNE,
+    REJECTION,
+    REPORT,
+    SFT,
+    Run,
+)
 
 _STUDENT, _PRUNED = "distilled", "pruned"
 _CONTROL_NAMES = {
@@ -203,11 +213,15 @@ def _stored_targets(run: Run) -> list[evaluation.StoredTargets]:
 
 
 def _finished(run: Run) -> list[evaluation.FinishedStage]:
-    manifests = [
-        pipeline.read_manifest(path.parent)
-        for path in artifacts.files_below(run.directory)
-        if path.name == pipeline.MANIFEST
+    recipe = run.recipe
+    names = [
+        CORPUS,
+        *map(context.targets, recipe.teachers),
+        *context.model_stages(recipe),
+        EVALUATE,
+        EXPORT,
     ]
+    manifests = [pipeline.read_manifest(run.directory / name) for name in names]
     manifests.sort(key=lambda manifest: manifest["finished"])
     return [
         evaluation.FinishedStage(

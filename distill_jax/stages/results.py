@@ -4,37 +4,23 @@ from typing import Any
 
 from etils import epath
 
-from distill_jax import data, evaluation, models, posttraining
+from distill_jax import evaluation, models, posttraining
 from distill_jax.pipeline import Stage
-from distill_jax.recipe import Recipe, to_json
+from distill_jax.recipe import to_json
 from distill_jax.stages import context
 from distill_jax.stages.context import (
     CORPUS,
-    DPO,
     EVALUATE,
     EXPORT,
     PRUNE,
-    REJECTION,
-    SFT,
     Run,
 )
-
-
-def model_stages(recipe: Recipe) -> list[str]:
-    """The stages that leave a model, in the order they are made."""
-    return [
-        *map(context.teacher, recipe.teachers),
-        PRUNE,
-        *(context.control(kind, seed) for kind in recipe.controls for seed in recipe.seeds),
-        *map(context.student, recipe.seeds),
-        *((SFT, REJECTION, DPO) if recipe.posttraining else ()),
-    ]
 
 
 def stages(run: Run) -> list[Stage]:
     """Evaluation of all models, and the export of the last."""
     recipe = run.recipe
-    made = model_stages(recipe)
+    made = context.model_stages(recipe)
     task = recipe.posttraining
     return [
         Stage(
@@ -62,7 +48,7 @@ def stages(run: Run) -> list[Stage]:
 def _evaluate(run: Run, place: epath.Path) -> dict[str, Any]:
     """All models on the same rows, the verifiable task, and the prompts."""
     recipe = run.recipe
-    loaded = {name: run.load(name) for name in model_stages(recipe)}
+    loaded = {name: run.load(name) for name in context.model_stages(recipe)}
     splits = {"held_out": run.corpus("held_out")}
     if recipe.corpus.out_of_domain is not None:
         splits["out_of_domain"] = run.corpus("out_of_domain")
@@ -114,12 +100,9 @@ def _answer(run: Run, model: models.Model, name: str, text: str) -> dict[str, An
 
 def _export(run: Run, last: str, place: epath.Path) -> dict[str, Any]:
     model = run.load(last)
-    tokenizer = data.load_tokenizer(run.directory / CORPUS)
+    tokenizer = run.chat_tokenizer()
     eos_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     if run.recipe.posttraining is not None:
-        # Other programs must render and end a turn as the model learnt it.
-        template = run.recipe.posttraining.rejection.template
-        tokenizer.chat_template = posttraining.chat_template(tokenizer, template)
         eos_ids.append(posttraining.end_of_turn(tokenizer))
     models.export_hugging_face(
         place, model, bos_id=tokenizer.bos_id, eos_id=sorted(set(eos_ids)) or None

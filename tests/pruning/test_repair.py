@@ -78,8 +78,14 @@ def test_a_quiet_channel_s_weights_grow_in_the_norm():
     blocks = {"attention": ("query", "key", "value"), "mlp": ("gate", "up")}
     for block in blocks:
         params["layers"][block]["norm"][:, plan.embed[0]] = 1e-4
+    params["final_norm"][plan.embed[0]] = 1e-4
     model = models.Model(model.config, params)
-    repaired = repair(plan, params, grams(model, plan, [batch]))["layers"]
+    after = repair(plan, params, grams(model, plan, [batch]))
+    assert after["final_norm"][plan.embed[0]] > 1e-3
+    np.testing.assert_allclose(
+        *(np.linalg.norm(tree["unembedding"], axis=1) for tree in (params, after)), rtol=1e-5
+    )
+    repaired = after["layers"]
     for block, readers in blocks.items():
         grown = np.asarray(repaired[block]["norm"]) / params["layers"][block]["norm"]
         assert grown[:, plan.embed[0]].min() > 10
