@@ -22,6 +22,7 @@ from distill_jax import artifacts
 from distill_jax.artifacts import InputError
 
 MANIFEST = "manifest.json"
+"""The file that a finished stage leaves last."""
 _STARTED = "started.json"
 _VERSIONED = (
     "distill-jax",

@@ -25,6 +25,7 @@ from distill_jax.teachers import Scheme, WriteConfig
 from distill_jax.training import TrainConfig
 
 Control = Literal["cross_entropy", "random_start"]
+"""What a distilled student is compared with; see `Recipe`."""
 
 # Columns of the metrics, and what the report calls its other models.
 _RESERVED = ("hard", "loss", "weight", "gradient_norm", "step", "tokens", "pruned", "distilled")

@@ -24,6 +24,7 @@ from distill_jax.data import dataset, packing, texts
 from distill_jax.data.tokenizer import Tokenizer
 
 TRAIN, HELD_OUT, OUT_OF_DOMAIN = SPLITS = ("train", "held_out", "out_of_domain")
+"""What a corpus is divided into."""
 _MANIFEST = "corpus.json"
 _FORMAT = 1
 _PASSAGES_AT_ONCE = 16

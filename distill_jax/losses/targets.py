@@ -59,3 +59,4 @@ class SampledTargets:
 
 
 Teacher = jax.Array | TopKTargets | SampledTargets
+"""What a divergence compares with: logits [..., V], or what was stored of them."""

@@ -21,7 +21,9 @@ from distill_jax.models.config import LlamaConfig
 from distill_jax.models.llama import Params, abstract_params, logical_axes
 
 Program = Literal["hugging_face", "gguf"]
+"""Whose file format it is."""
 Path = tuple[str, ...]
+"""Keys from the root of the parameter tree to a leaf."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 """(query_BTHC, key_BTKC, value_BTKC, cache of this layer) -> (heads_BTHC, cache of this layer)."""
 
 Remat = Literal["none", "full", "dots"]
+"""What the backward pass recomputes of a layer: nothing, all, or all but matrix products."""
 
 
 @dataclasses.dataclass(frozen=True)

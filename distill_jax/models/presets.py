@@ -13,6 +13,7 @@ LLAMA_3_1_70B = LlamaConfig(
     tied=False,
     rope_scaling=RopeScaling(factor=8.0),
 )
+"""The shape of Llama 3.1 70B."""
 
 LLAMA_3_1_8B = LlamaConfig(
     vocab_size=128_256,
@@ -25,6 +26,7 @@ LLAMA_3_1_8B = LlamaConfig(
     tied=False,
     rope_scaling=RopeScaling(factor=8.0),
 )
+"""The shape of Llama 3.1 8B."""
 
 LLAMA_3_2_3B = LlamaConfig(
     vocab_size=128_256,
@@ -37,6 +39,7 @@ LLAMA_3_2_3B = LlamaConfig(
     tied=True,
     rope_scaling=RopeScaling(factor=32.0),
 )
+"""The shape of Llama 3.2 3B."""
 
 LLAMA_3_2_1B = LlamaConfig(
     vocab_size=128_256,
@@ -49,6 +52,7 @@ LLAMA_3_2_1B = LlamaConfig(
     tied=True,
     rope_scaling=RopeScaling(factor=32.0),
 )
+"""The shape of Llama 3.2 1B."""
 
 SMOLLM2_135M = LlamaConfig(
     vocab_size=49_152,
@@ -62,3 +66,4 @@ SMOLLM2_135M = LlamaConfig(
     rope_theta=100_000.0,
     context=8192,
 )
+"""The shape of SmolLM2 135M."""

@@ -22,6 +22,7 @@ from distill_jax.artifacts import InputError
 from distill_jax.data import Tokenizer
 
 Message = Mapping[str, Any]
+"""One turn: the strings "role" and "content"."""
 
 CHATML = (
     "{% for message in messages %}"

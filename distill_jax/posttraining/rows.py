@@ -11,6 +11,7 @@ from distill_jax.data import RowSource, next_token_labels
 from distill_jax.posttraining.chat import Example
 
 Record = dict[str, np.ndarray]
+"""One row: arrays by name, as `pack` makes them."""
 
 
 @dataclasses.dataclass

@@ -66,6 +66,7 @@ class Problem:
 
 
 Scorer = Callable[[str, Problem], float]
+"""From a completion and its problem to a score in [0, 1]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from distill_jax import models
 from distill_jax.artifacts import InputError
 
 Aggregation = Literal["mean", "l2", "variance"]
+"""How scores are summed up over tokens, or over rows (Minitron 2024, 2.2)."""
 
 Batch = Mapping[str, Any]
 """What calibration reads: "tokens" [B, T] and, where rows are packed, "segment_ids" [B, T]."""

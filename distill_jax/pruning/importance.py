@@ -18,6 +18,7 @@ from distill_jax.pruning.activations import Aggregation, Batch, activation_score
 from distill_jax.pruning.scores import Scores
 
 Method = Literal["activation", "magnitude", "random"]
+"""What importance is measured by."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

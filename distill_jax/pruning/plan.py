@@ -14,6 +14,7 @@ from distill_jax.artifacts import InputError, diff, read_json, write_json
 from distill_jax.pruning.scores import Scores
 
 LayerChoice = Literal["influence", "contiguous"]
+"""Which layers go; see `make_plan`."""
 
 _AXES = ("layers", "embed", "head_dim", "mlp", "kv_heads", "heads")
 _SIZES = ("layers", "embed", "mlp", "heads", "kv_heads", "head_dim")

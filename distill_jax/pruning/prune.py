@@ -20,6 +20,7 @@ from distill_jax.pruning.surgery import apply_plan
 
 SCORES_FILE = "scores.safetensors"
 PLAN_FILE = "plan.json"
+"""Files that `prune` writes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

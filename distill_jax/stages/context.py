@@ -14,6 +14,7 @@ from distill_jax.recipe import Recipe
 
 CORPUS, PRUNE, SFT, REJECTION, DPO = "corpus", "prune", "sft", "rejection-sample", "dpo"
 EVALUATE, EXPORT, REPORT = "evaluate", "export", "report"
+"""Names of the stages, and of their directories."""
 
 
 @dataclasses.dataclass(frozen=True)

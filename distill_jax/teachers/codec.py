@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 CODEC_VERSION = 1
+"""Grows whenever bytes of one version could not be read by another."""
 _CHECKSUM_BYTES = 4
 
 

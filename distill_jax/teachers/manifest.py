@@ -16,6 +16,7 @@ from distill_jax.teachers.codec import CODEC_VERSION
 from distill_jax.teachers.schemes import Scheme, scheme_from_json, scheme_to_json
 
 MANIFEST = "store.json"
+"""The file that tells what a store holds."""
 _SLICE_BYTES = 1 << 28
 
 

@@ -21,6 +21,7 @@ from distill_jax.teachers import sampling
 from distill_jax.teachers.codec import Column, unsigned
 
 Arrays = dict[str, Any]
+"""Arrays by the name of their column."""
 
 
 class Scheme(Protocol):
@@ -204,6 +205,7 @@ class RandomSampling:
 
 
 SCHEMES: dict[str, Any] = {scheme.name: scheme for scheme in (TopK, RandomSampling)}
+"""Every scheme by the name under which manifests know it."""
 
 
 def scheme_to_json(scheme: Scheme) -> dict[str, Any]:

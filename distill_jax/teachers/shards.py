@@ -23,6 +23,7 @@ from distill_jax.teachers.manifest import MANIFEST, Identity, Manifest, read_man
 DATASET = "teacher_targets"
 SPLIT = "rows"
 KEYS = "keys.npy"
+"""Names inside a store: the TFDS dataset, its split, and the rows' content keys."""
 _PROGRESS = ".progress"
 _PLAN = "plan.json"
 # The high bytes of ids and small counts are predictable, which zstd finds. One record per group,

@@ -11,6 +11,7 @@ from distill_jax.artifacts import InputError
 from distill_jax.evaluation.next_tokens import NextToken
 
 Kind = Literal["teacher", "pruned", "control", "distilled", "post-trained"]
+"""What a model of the table is; it decides its place and colour."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
