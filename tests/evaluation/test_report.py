@@ -88,6 +88,14 @@ def test_is_one_valid_file_that_loads_nothing(text, page):
     assert references <= set(page.ids)
 
 
+def test_labels_of_logarithms_are_no_tex(tmp_path, report):
+    assert report.cut is not None
+    towering = np.geomspace(1e4, 1, len(report.cut.channels))
+    cut = dataclasses.replace(report.cut, channels=towering.tolist())
+    write_report(tmp_path, dataclasses.replace(report, cut=cut))
+    assert "mathdefault" not in (tmp_path / "index.html").read_text()
+
+
 def test_takes_its_colours_from_the_page(text):
     assert "prefers-color-scheme: dark" in text
     assert "#0102" not in text

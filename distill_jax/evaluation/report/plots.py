@@ -7,7 +7,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from distill_jax.evaluation.report.contents import Curve, Cut
 from distill_jax.evaluation.report.svg import COLOUR, new_figure, style, to_svg
@@ -102,6 +103,7 @@ def _influence(cut: Cut) -> str:
     axes.barh(np.arange(len(influence)), influence, height=0.74, color=colours)
     if (influence > 0).all() and influence.max() > 20 * np.median(influence):
         axes.set_xscale("log")
+        _plain_log_ticks(axes.xaxis)
     axes.set_xlabel("1 − cos(stream in, stream out)")
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
@@ -151,7 +153,7 @@ def _neurons(cut: Cut) -> str:
 
 def _channels(cut: Cut) -> str:
     figure = new_figure(430, 220)
-    axes = figure.add_subplot(title="Embedding channels, most important first")
+    axes = figure.add_subplot(title="Embedding channels by importance")
     scores = np.asarray(cut.channels, float)
     order = np.argsort(-scores, kind="stable")
     kept = np.isin(order, cut.kept_channels)
@@ -161,6 +163,7 @@ def _channels(cut: Cut) -> str:
     axes.bar(rank, heights * share, width=0.86, color=COLOUR["keep"])
     if heights.min() > 0 and heights[0] > 8 * np.median(heights):
         axes.set_yscale("log")
+        _plain_log_ticks(axes.yaxis)
     _count_ticks(axes, len(heights), len(scores), offset=0.0)
     axes.set_xlabel("rank of the channel")
     axes.set_ylabel("importance")
@@ -176,6 +179,16 @@ def _count_ticks(axes: Axes, columns: int, units: int, offset: float) -> None:
     counts = counts[(counts >= 0) & (counts <= units)]
     axes.set_xticks(counts * columns / units + offset, [f"{int(count):,}" for count in counts])
     axes.set_xlim(offset, columns + offset)
+
+
+def _plain_log_ticks(axis: Axis) -> None:
+    """Labels such as 200: the usual ones are TeX, which text in an SVG would show as it is.
+
+    Call it behind `set_xscale`, which sets ticks of its own.
+    """
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def curve_plot(curves: Sequence[Curve], metric: str, name: str) -> str | None:
