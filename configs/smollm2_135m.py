@@ -33,7 +33,7 @@ STUDENT = dataclasses.replace(
 def get_config(size: Literal["default", "full"] = "default") -> Recipe:
     full = size == "full"
     # Distillation sees each row once at most.
-    train_rows, distill_steps = (320, 60) if full else (96, 24)
+    train_rows, distill_steps = (320, 60) if full else (72, 18)
     return Recipe(
         name="smollm2_135m-full" if full else "smollm2_135m",
         tokenizer=TokenizerConfig(source=SMOLLM2),
@@ -45,7 +45,7 @@ def get_config(size: Literal["default", "full"] = "default") -> Recipe:
         ),
         teachers={
             "smollm2": TeacherConfig(source=SMOLLM2),
-            "corrected": TeacherConfig(teacher="smollm2", train=_train(32 if full else 8, 1e-4)),
+            "corrected": TeacherConfig(teacher="smollm2", train=_train(32 if full else 6, 1e-4)),
         },
         targets=TargetsConfig(
             schemes={"top_k": TopK(k=32), "samples": RandomSampling(draws=50)},
@@ -63,7 +63,7 @@ def get_config(size: Literal["default", "full"] = "default") -> Recipe:
         posttraining=PostTrainingConfig(
             task="continents",
             sft=SftConfig(sequence_length=256),
-            sft_train=_train(30 if full else 20, 3e-4),
+            sft_train=_train(30 if full else 16, 3e-4),
             replay=0.25,
             rejection=RejectionConfig(samples=8, max_new_tokens=12, problems_per_batch=16),
             rejection_train=_train(10, 1e-4),
