@@ -26,13 +26,13 @@ from distill_jax.training import OptimizerConfig, TrainConfig
 def get_config(size: Literal["default", "test"] = "default") -> Recipe:
     test = size == "test"
     vocab_size = 512 if test else 4096
-    steps = 8 if test else 150
+    steps = 8 if test else 80
     return Recipe(
         name="tiny-test" if test else "tiny",
         tokenizer=TokenizerConfig(vocab_size=vocab_size),
         corpus=CorpusConfig(
             sequence_length=128,
-            train_rows=48 if test else 1200,
+            train_rows=48 if test else 640,
             held_out_rows=16 if test else 64,
             out_of_domain_rows=8 if test else 32,
         ),
