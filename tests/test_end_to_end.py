@@ -2,8 +2,10 @@
 
 import html.parser
 import json
+import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from distill_jax import cli, models
+from distill_jax import cli, data, models, posttraining
+from distill_jax.recipe import load_recipe
 from distill_jax.training import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -160,6 +163,31 @@ def test_transformers_reads_the_export(whole):
         seeds=[0],
     )
     assert completion.tokens == text[0, ids.shape[1] :].tolist()
+
+
+def test_post_training_replays_text_and_keeps_its_template(whole):
+    recipe = load_recipe(CONFIG, ["size=test"])
+    tokenizer = data.load_tokenizer(whole / "corpus")
+    problems = posttraining.load_task(recipe.posttraining.task).train[
+        : recipe.posttraining.problems
+    ]
+    answers = posttraining.demonstrations(problems)
+    rows = len(posttraining.sft_rows(tokenizer, answers, recipe.posttraining.sft))
+    figures = json.loads((whole / "sft" / "manifest.json").read_text())["figures"]
+    assert figures["rows"] == rows + math.ceil(rows / 3)  # a quarter of all rows is text
+    assert tokenizer.chat_template is None
+    for stage in ("sft", "rejection-sample", "dpo", "export"):
+        assert data.load_tokenizer(whole / stage).chat_template == posttraining.CHATML
+
+
+def test_the_report_lists_the_stages_of_its_own_recipe(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(run / "distill" / "seed-0", run / "distill" / "seed-77")
+    shutil.rmtree(run / "report")
+    command = ["report", str(CONFIG), "--set", "size=test", "--out", str(run)]
+    assert cli.main(command) == 0
+    pages = [(out / "report" / "index.html").read_text() for out in (whole, run)]
+    assert pages[0].count("distill/seed-0") == pages[1].count("distill/seed-0") > 0
 
 
 def test_generate_inspect_and_verify(whole, capsys):

@@ -86,12 +86,12 @@ def _check_rows(recipe: Recipe) -> None:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     runs = {f"teachers.{name}.train": t.train for name, t in recipe.teachers.items() if t.train}
     runs["distill.train"] = recipe.distill.train
-    there = recipe.corpus.train_rows
+    available = recipe.corpus.train_rows
     for name, run in runs.items():
-        if there is not None and there < run.batch_rows:
+        if available is not None and available < run.batch_rows:
             raise InputError(
                 f"{name}.batch_rows: a batch has {run.batch_rows} rows, "
-                f"corpus.train_rows is {there}"
+                f"corpus.train_rows is {available}"
             )
     if recipe.posttraining is not None:
         for name in ("sft_train", "rejection_train", "dpo_train"):

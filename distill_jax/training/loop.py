@@ -69,17 +69,7 @@ def train(
     optimizer = make_optimizer(config.optimizer, config.steps, axes)
     shardings = state_shardings(mesh, axes, model.params, optimizer)
     rows = parallel.batch_sharding(mesh)
-    step_fn = jax.jit(
-        make_step(
-            loss_fn,
-            optimizer,
-            accumulation=config.accumulation,
-            compute_dtype=config.compute_dtype,
-        ),
-        donate_argnums=0,
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, None),
-    )
+    step_fn = _jit_step(loss_fn, optimizer, config, shardings, rows)
     place = epath.Path(directory)
     place.mkdir(parents=True, exist_ok=True)
     with Checkpoints(place / "checkpoints") as checkpoints:
@@ -119,6 +109,24 @@ def _check_rows(config: TrainConfig, mesh: Mesh, name: str) -> None:
             f"{name}: batch_rows {config.batch_rows} / accumulation {config.accumulation} is not a "
             f"multiple of the {row_shards} devices that rows are split over"
         )
+
+
+def _jit_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    shardings: TrainState,
+    rows: jax.sharding.Sharding,
+) -> Any:
+    step = make_step(
+        loss_fn, optimizer, accumulation=config.accumulation, compute_dtype=config.compute_dtype
+    )
+    return jax.jit(
+        step,
+        donate_argnums=0,  # the old state's memory holds the new one
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, None),
+    )
 
 
 def _start(

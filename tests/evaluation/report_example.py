@@ -147,11 +147,12 @@ def curves(rng, seeds):
     return drawn
 
 
-def prompts():
-    def tokens(*pairs):
-        return [NextToken(sum(map(ord, text)), text, share) for text, share in pairs]
+def tokens(*pairs):
+    return [NextToken(sum(map(ord, text)), text, share) for text, share in pairs]
 
-    capital = Prompt(
+
+def capital():
+    return Prompt(
         text="The capital of France is",
         answers=[
             Answer(
@@ -187,7 +188,10 @@ def prompts():
             ),
         ],
     )
-    water = Prompt(
+
+
+def water():
+    return Prompt(
         text="Water boils at 100 degrees",
         answers=[
             Answer(
@@ -221,7 +225,6 @@ def prompts():
             ),
         ],
     )
-    return [capital, water]
 
 
 def example_report(seeds=3):
@@ -238,7 +241,7 @@ def example_report(seeds=3):
             ("hard", "Cross-entropy on the training text"),
             ("small", "KL to SmolLM2-135M on the training text"),
         ),
-        prompts=prompts(),
+        prompts=[capital(), water()],
         targets=[
             StoredTargets(
                 teacher=TEACHERS[0],

@@ -86,6 +86,7 @@ def test_replayed_text_is_learnt_whole_and_makes_up_its_share():
     np.testing.assert_array_equal(mixed[7]["where"], [True, False, True, False])
     np.testing.assert_array_equal(mixed[7]["labels"], [6, 0, 8, 0])
     assert with_replay(rows, [text] * 9, 0.0) == rows
+    assert len(with_replay(rows[:1], [text] * 9, 0.25)) == 2  # a share is never rounded to nothing
     assert len(with_replay(rows, [text], 0.9)) == 7  # there is no more text than that
     with pytest.raises(InputError, match="rows of text have 4 tokens, the others 8"):
         with_replay(pack([Example([1, 2], [False, True])], 8), [text], 0.5)
