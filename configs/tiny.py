@@ -26,15 +26,15 @@ from distill_jax.training import OptimizerConfig, TrainConfig
 def get_config(size: Literal["default", "test"] = "default") -> Recipe:
     test = size == "test"
     vocab_size = 512 if test else 4096
-    steps = 8 if test else 80
+    steps = 8 if test else 40
     return Recipe(
         name="tiny-test" if test else "tiny",
         tokenizer=TokenizerConfig(vocab_size=vocab_size),
         corpus=CorpusConfig(
             sequence_length=128,
-            train_rows=48 if test else 640,
-            held_out_rows=16 if test else 64,
-            out_of_domain_rows=8 if test else 32,
+            train_rows=48 if test else 320,
+            held_out_rows=16 if test else 32,
+            out_of_domain_rows=8 if test else 16,
         ),
         teachers={
             "large": TeacherConfig(shape=_shape(vocab_size, 4, 128), train=_train(steps)),
@@ -68,9 +68,9 @@ def get_config(size: Literal["default", "test"] = "default") -> Recipe:
         seeds=(0,),
         posttraining=PostTrainingConfig(
             task="continents",
-            problems=24 if test else None,
+            problems=24 if test else 60,
             sft=SftConfig(sequence_length=128),
-            sft_train=_train(80 if test else steps),
+            sft_train=_train(80),
             replay=0.25,
             rejection=RejectionConfig(samples=6, max_new_tokens=12),
             rejection_train=_train(steps // 2),
