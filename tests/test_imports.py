@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "artifacts": set(),
     "progress": set(),
     "losses": set(),
+    "testing": BASE | {"losses"},
     **dict.fromkeys(("models", "parallel", "data"), BASE),
     **dict.fromkeys(("teachers", "pruning", "training"), LOW),
     **dict.fromkeys(("posttraining", "evaluation"), MIDDLE),

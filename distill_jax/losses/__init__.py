@@ -1,5 +1,6 @@
 """What to minimise: pure functions of arrays that know no model, no configuration, no files."""
 
+from distill_jax.losses.chunks import default_chunk
 from distill_jax.losses.divergences import (
     adaptive_kl,
     alpha_beta_divergence,
@@ -11,7 +12,7 @@ from distill_jax.losses.divergences import (
     skewed_reverse_kl,
     total_variation,
 )
-from distill_jax.losses.fused import default_chunk, fused_linear
+from distill_jax.losses.fused import fused_linear, sharded_fused_linear
 from distill_jax.losses.labels import cross_entropy, token_log_probs
 from distill_jax.losses.objectives import (
     Objective,
@@ -21,7 +22,15 @@ from distill_jax.losses.objectives import (
     taid,
     weighted_sum,
 )
-from distill_jax.losses.preference import dpo
+from distill_jax.losses.policy import (
+    clipped_surrogate,
+    gkd,
+    importance_weights,
+    minillm,
+    minillm_advantages,
+    mix_log_probs,
+)
+from distill_jax.losses.preference import dpo, ipo, robust_dpo, sequence_nll, sum_log_probs
 from distill_jax.losses.reduction import Totals, reduce
 from distill_jax.losses.targets import SampledTargets, Teacher, TopKTargets
 
@@ -34,19 +43,30 @@ __all__ = [
     "Totals",
     "adaptive_kl",
     "alpha_beta_divergence",
+    "clipped_surrogate",
     "cross_entropy",
     "default_chunk",
     "distill",
     "dpo",
     "forward_kl",
     "fused_linear",
+    "gkd",
     "hard_labels",
+    "importance_weights",
     "interpolate_logits",
+    "ipo",
     "jensen_shannon",
+    "minillm",
+    "minillm_advantages",
+    "mix_log_probs",
     "reduce",
     "reverse_kl",
+    "robust_dpo",
+    "sequence_nll",
+    "sharded_fused_linear",
     "skewed_forward_kl",
     "skewed_reverse_kl",
+    "sum_log_probs",
     "taid",
     "token_log_probs",
     "total_variation",

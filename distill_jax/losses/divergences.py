@@ -185,9 +185,12 @@ def adaptive_kl(
     _check_open_unit("head_mass", head_mass)
     log_p, log_q = _outcomes(student_logits, teacher, temperature, "adaptive_kl")
     p = jnp.exp(log_p)
-    ranked = p.at[..., -1].set(0.0) if isinstance(teacher, TopKTargets) else p
+    if isinstance(teacher, TopKTargets):
+        head = jnp.pad(_head(p[..., :-1], head_mass), [(0, 0)] * (p.ndim - 1) + [(0, 1)])
+    else:
+        head = _head(p, head_mass)
     gap = jnp.abs(p - jnp.exp(jax.lax.stop_gradient(log_q)))
-    head_gap = jnp.sum(jnp.where(_head(ranked, head_mass), gap, 0.0), axis=-1)
+    head_gap = jnp.sum(jnp.where(head, gap, 0.0), axis=-1)
     all_gap = jnp.sum(gap, axis=-1)
     weight = jnp.where(all_gap > 0, head_gap / jnp.where(all_gap > 0, all_gap, 1.0), 0.5)
     forward = _kl(log_p, jnp.where(jnp.isneginf(log_q), LOG_FLOOR, log_q))
@@ -318,8 +321,19 @@ def _mix(log_a: jax.Array, log_b: jax.Array, share: float) -> jax.Array:
 
 
 def _head(p: jax.Array, mass: float) -> jax.Array:
-    """Which outcomes are among the likeliest that hold `mass` together."""
-    ranked = jnp.flip(jnp.sort(p, axis=-1), axis=-1)
-    before = jnp.cumsum(ranked, axis=-1) - ranked
-    least = jnp.min(jnp.where(before < mass, ranked, jnp.inf), axis=-1, keepdims=True)
-    return p >= least
+    """Which outcomes are among the likeliest that hold `mass` together.
+
+    An outcome is in the head if those likelier than it hold less than `mass`. The least likely
+    such probability is found by halving the range of its bits: that needs sums alone, where a sort
+    of the vocabulary is slow, and gathers it when it is sharded.
+    """
+    bits = jax.lax.bitcast_convert_type(p, jnp.int32)  # in the same order, for p >= 0
+
+    def halve(_, bounds):
+        low, high = bounds  # the least bits of the head are in [low, high]
+        middle = (low + high) // 2
+        likelier = jnp.sum(jnp.where(bits > middle[..., None], p, 0.0), axis=-1)
+        return jnp.where(likelier < mass, low, middle + 1), jnp.where(likelier < mass, middle, high)
+
+    _, least = jax.lax.fori_loop(0, 31, halve, (jnp.min(bits, axis=-1), jnp.max(bits, axis=-1)))
+    return bits >= least[..., None]

@@ -1,33 +1,22 @@
-"""The output head and the loss in one, a chunk of tokens at a time."""
+"""The output head and the loss in one, a chunk of tokens at a time.
+
+The gradients are taken in the forward pass, while a chunk's logits are there (as in Liger Kernel,
+Hsu et al. 2024), so that no logits are made twice and none are kept.
+"""
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from distill_jax.losses import chunks as walk
 from distill_jax.losses.objectives import Objective
-from distill_jax.losses.reduction import Totals, reduce
-
-_CHUNK_TOKENS = 2048
-_CHUNK_LOGITS = 2**28
-
-
-def default_chunk(tokens: int, vocabulary: int) -> int:
-    """How many tokens to take at a time.
-
-    A chunk reads the unembedding twice and reads and writes its gradient: 16 D V bytes against
-    6 chunk D V operations. From 2048 tokens on, that is over 700 operations a byte, more than an
-    accelerator needs to be busy (about 170 to 560), so larger chunks only cost memory. A block of
-    float32 logits is kept within 1 GiB for vocabularies beyond 131072. The tokens are then split
-    evenly, in multiples of 128, so that little of the last chunk is padding.
-    """
-    most = max(1, min(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary))
-    if tokens <= most:
-        return max(tokens, 1)
-    even = -(-tokens // -(-tokens // most))
-    return min(most, -(-even // 128) * 128)
+from distill_jax.losses.reduction import Totals
 
 
 def fused_linear(
@@ -48,18 +37,22 @@ def fused_linear(
     unembedding's gradient adds up in float32 whatever the inputs are.
 
     Only `hidden_ND` and `unembedding_DV` receive gradients, and only from `Totals.loss`. The
-    derivative is reverse-mode. Do not close the objective over something to differentiate.
+    derivative is the first, in reverse mode. Do not close the objective over something to
+    differentiate.
 
     A chunk is every (N / chunk)-th token, so a token axis that is sharded over devices stays where
     it is and every device works on each chunk. Under `jax.jit` N counts all devices' tokens and so
     does `chunk`; inside `jax.shard_map`, which is faster, both are one device's.
+    `sharded_fused_linear` does that for parameters sharded over a mesh, the vocabulary included.
 
     Args:
-      objective: any `Objective`. It is called with chunks, so it must treat tokens independently.
+      objective: any `Objective`. It is called with some of the tokens at a time, so it must treat
+        tokens independently.
       hidden_ND: [N, D].
       unembedding_DV: [D, V].
       targets: the objective's targets; every array in them has N as its leading axis.
-      where: [N], mask or weights.
+      where: [N], mask or weights. What a token of weight zero holds, be it NaN, changes neither
+        value nor gradient.
       step: the training step, for objectives with schedules.
       chunk: tokens at a time; `default_chunk` if left out.
 
@@ -68,62 +61,147 @@ def fused_linear(
 
     Raises:
       ValueError: shapes that do not fit.
+      TypeError: a forward-mode or a second derivative was asked for.
     """
-    tokens = hidden_ND.shape[0]
-    where = jnp.ones(tokens) if where is None else jnp.asarray(where, jnp.float32)
-    rows = {"where": where, "targets": dict(targets)}
-    _check_shapes(hidden_ND, unembedding_DV, rows)
-    if chunk is None:
-        chunk = default_chunk(tokens, unembedding_DV.shape[1])
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    chunk = min(chunk, max(tokens, 1))
+    rows = _rows(hidden_ND, unembedding_DV, targets, where)
+    chunk = _chunk_size(chunk, *hidden_ND.shape)
     arrays = _match_varying((hidden_ND, unembedding_DV, rows, step))
-    return _fused(objective, chunk, *arrays)
+    return _first_reverse_only(_fused)(objective, _Layout(chunk), *arrays)
+
+
+def sharded_fused_linear(
+    objective: Objective,
+    hidden_ND: jax.Array,
+    unembedding_DV: jax.Array,
+    targets: Mapping[str, Any],
+    where: jax.Array | None = None,
+    *,
+    mesh: Mesh,
+    tokens: Sequence[str] = ("data", "fsdp"),
+    embed: str | None = "fsdp",
+    vocabulary: str | None = "tensor",
+    step: jax.Array | int | None = None,
+    chunk: int | None = None,
+) -> Totals:
+    """`fused_linear` on a mesh: tokens, channels and vocabulary of the head stay split.
+
+    Every device takes its own tokens in chunks of its own. The unembedding is gathered over `embed`
+    once, in the hidden state's dtype; its gradient adds up in float32 and is reduced once, in
+    float32, back to where its parameters live. The vocabulary stays split throughout (Megatron-LM,
+    Shoeybi et al. 2019, section 3): a device holds [chunk, V / shards] logits, sums over the
+    vocabulary become sums of [chunk] over devices, and ids are looked up where they live. The
+    compiler derives that from what an objective does; one that needs the vocabulary whole, to sort
+    it for instance, works too and pays for the gathering. No objective of this package does.
+
+    Args:
+      objective: as in `fused_linear`.
+      hidden_ND: [N, D], N divisible by the devices of `tokens`.
+      unembedding_DV: [D, V], D divisible by the devices of `embed`. Its dtype may be wider than the
+        hidden state's; its gradient then is so too.
+      targets: as in `fused_linear`.
+      where: as in `fused_linear`.
+      mesh: the mesh; axes of it that are not named below must not split any of the arrays.
+      tokens: mesh axes over which tokens are split.
+      embed: the mesh axis, among `tokens`, over which the unembedding's D is split; None: whole.
+      vocabulary: the mesh axis over which its V is split; None: whole.
+      step: as in `fused_linear`.
+      chunk: a device's tokens at a time; `default_chunk` of a device's tokens if left out.
+
+    Returns:
+      Totals over all tokens, the same on every device.
+
+    Raises:
+      ValueError: shapes that do not fit, or axes that the mesh does not have.
+      TypeError: a forward-mode or a second derivative was asked for.
+    """
+    tokens = tuple(tokens)
+    unknown = [a for a in (*tokens, embed, vocabulary) if a and a not in mesh.axis_names]
+    if unknown or (embed and embed not in tokens):
+        raise ValueError(
+            f"tokens {tokens}, embed {embed!r}, vocabulary {vocabulary!r} do not fit a mesh with "
+            f"axes {mesh.axis_names}; embed must be among tokens"
+        )
+    rows = _rows(hidden_ND, unembedding_DV, targets, where)
+    shards = math.prod(mesh.shape[axis] for axis in tokens)
+    _check_divides("tokens", hidden_ND.shape[0], shards)
+    _check_divides("embed", hidden_ND.shape[1], mesh.shape.get(embed, 1))
+    _check_divides("vocabulary", unembedding_DV.shape[1], mesh.shape.get(vocabulary, 1))
+    size = _chunk_size(chunk, hidden_ND.shape[0] // shards, hidden_ND.shape[1])
+    split = mesh.shape.get(vocabulary, 1) > 1
+    layout = _Layout(size, tokens, embed, vocabulary if split else None)
+
+    def local(hidden_ND, unembedding_DV, rows, step):
+        return _fused(objective, layout, hidden_ND, unembedding_DV, rows, step)
+
+    sharded = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(tokens), P(embed), P(tokens), P()),
+        out_specs=P(),
+        axis_names=frozenset(tokens),
+    )
+    # Jitted, because axes that the compiler splits are unknown outside of it.
+    return _first_reverse_only(jax.jit(sharded))(hidden_ND, unembedding_DV, rows, step)
+
+
+class _Layout(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+      chunk: tokens at a time.
+      tokens: axes of `shard_map` over which the totals are summed.
+      embed: the axis over which the unembedding is gathered.
+      vocabulary: the axis over which the compiler splits the vocabulary.
+    """
+
+    chunk: int
+    tokens: tuple[str, ...] = ()
+    embed: str | None = None
+    vocabulary: str | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused(objective, chunk, hidden_ND, unembedding_DV, rows, step) -> Totals:
+def _fused(objective, layout, hidden_ND, unembedding_DV, rows, step) -> Totals:
+    unembedding_DV = _gather(layout, unembedding_DV, hidden_ND.dtype)
     hidden_ND, unembedding_DV = _same_dtype(hidden_ND, unembedding_DV)
-    take, chunks = _chunks((hidden_ND, rows), chunk)
+    chunks = walk.Chunks((hidden_ND, rows), layout.chunk)
 
-    def chunk_totals(index):
-        hidden, chunk_rows = take(index)
-        logits = _matmul("nd,dv->nv", hidden, unembedding_DV)
-        return _reduce_chunk(objective, logits, chunk_rows, step)
+    def body(index):
+        chunk_ND, chunk_rows = chunks.take(index)
+        logits_NV = walk.matmul("nd,dv->nv", chunk_ND, unembedding_DV)
+        return walk.totals(objective, logits_NV, chunk_rows, step)
 
-    return _sum(jax.lax.map(chunk_totals, jnp.arange(chunks)))
+    return _add_up(layout, jax.lax.map(body, jnp.arange(chunks.count)))
 
 
-def _fused_forward(objective, chunk, hidden_ND, unembedding_DV, rows, step):
+def _fused_forward(objective, layout, hidden_ND, unembedding_DV, rows, step):
     dtypes = (hidden_ND.dtype, unembedding_DV.dtype)
+    unembedding_DV = _gather(layout, unembedding_DV, dtypes[0])
     hidden_ND, unembedding_DV = _same_dtype(hidden_ND, unembedding_DV)
-    take, chunks = _chunks((hidden_ND, rows), chunk)
+    chunks = walk.Chunks((hidden_ND, rows), layout.chunk)
 
-    def body(unembedding_bar, index):
-        hidden, chunk_rows = take(index)
-        logits = _matmul("nd,dv->nv", hidden, unembedding_DV)
+    def body(unembedding_bar_DV, index):
+        chunk_ND, _ = chunks.take(index)
+        logits_NV = walk.matmul("nd,dv->nv", chunk_ND, unembedding_DV)
+        totals, bar_NV = walk.totals_and_gradient(objective, logits_NV, chunks, index, step)
+        bar_NV = bar_NV.astype(chunk_ND.dtype)
+        unembedding_bar_DV = walk.add_product(
+            unembedding_bar_DV, chunk_ND, bar_NV, tiled=layout.vocabulary is None
+        )
+        chunk_bar_ND = walk.matmul("nv,dv->nd", bar_NV, unembedding_DV).astype(dtypes[0])
+        return unembedding_bar_DV, (totals, chunk_bar_ND)
 
-        def chunk_loss(logits):
-            totals = _reduce_chunk(objective, logits, chunk_rows, step)
-            return totals.loss, totals
-
-        logits_bar, totals = jax.grad(chunk_loss, has_aux=True)(logits)
-        logits_bar = logits_bar.astype(hidden.dtype)
-        hidden_bar = _matmul("nv,dv->nd", logits_bar, unembedding_DV).astype(dtypes[0])
-        unembedding_bar = unembedding_bar + _matmul("nd,nv->dv", hidden, logits_bar)
-        return unembedding_bar, (totals, hidden_bar)
-
-    start = _vary(jnp.zeros(unembedding_DV.shape, jnp.float32), _varying(unembedding_DV))
-    unembedding_bar, (totals, hidden_bar) = jax.lax.scan(body, start, jnp.arange(chunks))
-    hidden_bar = jnp.swapaxes(hidden_bar, 0, 1).reshape(-1, hidden_ND.shape[1])
-    residuals = hidden_bar[: hidden_ND.shape[0]], unembedding_bar, jnp.zeros((), dtypes[1])
-    return _sum(totals), residuals
+    varying = _varying(hidden_ND) | _varying(unembedding_DV)
+    zeros_DV = _vary(jnp.zeros(unembedding_DV.shape, jnp.float32), varying)
+    unembedding_bar_DV, (totals, bar) = jax.lax.scan(body, zeros_DV, jnp.arange(chunks.count))
+    hidden_bar_ND = jnp.swapaxes(bar, 0, 1).reshape(-1, hidden_ND.shape[1])
+    bars = hidden_bar_ND[: hidden_ND.shape[0]], _scatter(layout, unembedding_bar_DV)
+    return _add_up(layout, totals), (_first_order_only(bars), jnp.zeros((), dtypes[1]))
 
 
-def _fused_backward(objective, chunk, residuals, totals_bar):
-    del objective, chunk
-    hidden_bar, unembedding_bar, like = residuals
+def _fused_backward(objective, layout, residuals, totals_bar):
+    del objective, layout
+    (hidden_bar, unembedding_bar), like = residuals
     return (
         (hidden_bar * totals_bar.loss).astype(hidden_bar.dtype),
         (unembedding_bar * totals_bar.loss).astype(like.dtype),
@@ -135,17 +213,39 @@ def _fused_backward(objective, chunk, residuals, totals_bar):
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _reduce_chunk(objective, logits, chunk_rows, step) -> Totals:
-    loss_N, terms = objective(logits, chunk_rows["targets"], step=step)
-    return reduce(loss_N, terms, chunk_rows["where"])
+def _gather(layout, unembedding_DV, dtype):
+    if not layout.tokens:
+        return unembedding_DV
+    low_DV = _vary(unembedding_DV.astype(dtype), frozenset(layout.tokens))
+    if layout.embed is None:
+        return low_DV
+    return _in_shards(layout, lambda x: jax.lax.all_gather(x, layout.embed, tiled=True))(low_DV)
 
 
-def _sum(totals: Totals) -> Totals:
-    return jax.tree.map(functools.partial(jnp.sum, axis=0), totals)
+def _scatter(layout, unembedding_bar_DV):
+    if not layout.tokens:
+        return unembedding_bar_DV
+    others = tuple(axis for axis in layout.tokens if axis != layout.embed)
+
+    def reduce_to_owner(bar_DV):
+        if layout.embed is not None:
+            bar_DV = jax.lax.psum_scatter(bar_DV, layout.embed, tiled=True)
+        return jax.lax.psum(bar_DV, others) if others else bar_DV
+
+    return _in_shards(layout, reduce_to_owner)(unembedding_bar_DV)
 
 
-def _matmul(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
+def _in_shards(layout, collective):
+    """`collective` on a [D, V / shards] array: left alone, the compiler gathers V around it."""
+    if layout.vocabulary is None:
+        return collective
+    spec = P(None, layout.vocabulary)
+    return jax.shard_map(collective, in_specs=spec, out_specs=spec, axis_names={layout.vocabulary})
+
+
+def _add_up(layout, totals: Totals) -> Totals:
+    totals = walk.add_up(totals)
+    return jax.lax.psum(totals, layout.tokens) if layout.tokens else totals
 
 
 def _same_dtype(*arrays: jax.Array) -> list[jax.Array]:
@@ -153,32 +253,59 @@ def _same_dtype(*arrays: jax.Array) -> list[jax.Array]:
     return [array.astype(dtype) for array in arrays]
 
 
-def _chunks(tree, chunk: int):
-    """A function that takes the i-th chunk of every leaf, and how many chunks there are.
+@jax.custom_jvp
+def _first_order_only(bars):
+    """Marks gradients that cannot be differentiated again."""
+    return bars
 
-    The last chunk is filled up with copies of the last token at weight zero: unlike zeros, they
-    hold nothing that the objective does not meet anyway.
-    """
-    tokens = tree[0].shape[0]
-    chunks = -(-tokens // chunk)
-    missing = chunks * chunk - tokens
-    hidden, rows = tree
-    rows = {**rows, "where": jnp.pad(rows["where"], (0, missing))}
 
-    def split(leaf: jax.Array) -> jax.Array:
-        extra = chunks * chunk - leaf.shape[0]
-        if extra:
-            leaf = jnp.pad(leaf, [(0, extra)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")
-        return leaf.reshape(chunk, chunks, *leaf.shape[1:])
+@_first_order_only.defjvp
+def _refuse(primals, tangents):
+    del primals, tangents
+    raise TypeError(
+        "fused_linear has no second derivative: its gradient is taken in the forward pass; call "
+        "the objective on hidden_ND @ unembedding_DV instead"
+    )
 
-    blocks = jax.tree.map(split, (hidden, rows))
 
-    def take(index):
-        return jax.tree.map(
-            lambda block: jax.lax.dynamic_index_in_dim(block, index, axis=1, keepdims=False), blocks
-        )
+def _first_reverse_only(function):
+    """Says what to do where JAX only says that it cannot."""
 
-    return take, chunks
+    @functools.wraps(function)
+    def call(*args):
+        try:
+            return function(*args)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            message = (
+                "fused_linear has no forward-mode derivative (jvp, jacfwd, linearize): use "
+                "jax.grad or jax.vjp, or call the objective on hidden_ND @ unembedding_DV"
+            )
+            raise TypeError(message) from error
+
+    return call
+
+
+def _chunk_size(chunk: int | None, tokens: int, embed: int) -> int:
+    if chunk is None:
+        return walk.default_chunk(tokens, embed)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    return min(chunk, max(tokens, 1))
+
+
+def _check_divides(name: str, size: int, shards: int) -> None:
+    if size % shards:
+        raise ValueError(f"{name}: {size} do not divide over {shards} devices")
+
+
+def _rows(hidden_ND, unembedding_DV, targets, where) -> dict[str, Any]:
+    """What travels with the tokens, once it is known to fit."""
+    where = jnp.ones(hidden_ND.shape[:1]) if where is None else jnp.asarray(where, jnp.float32)
+    rows = {"where": where, "targets": dict(targets)}
+    _check_shapes(hidden_ND, unembedding_DV, rows)
+    return rows
 
 
 def _match_varying(tree):

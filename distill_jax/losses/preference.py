@@ -1,7 +1,62 @@
-"""Direct preference optimisation."""
+"""Losses on pairs of answers, of which one is preferred.
+
+All take log-probabilities of whole answers, [B], as `sum_log_probs` sums them, and return a
+float32 loss [B] and these terms [B], which carry no gradient:
+
+- "chosen_reward", "rejected_reward": beta (log pi - log pi_ref) of either answer;
+- "reward_margin": the difference of the two; "reward_accuracy": 1 where it is above 0, else 0.
+
+With both lengths each log-ratio is a mean over its answer's tokens instead of a sum. The reference
+receives no gradient. All raise ValueError for shapes that differ, one length without the other and
+parameters out of range.
+"""
 
 import jax
 import jax.numpy as jnp
+
+
+def sum_log_probs(
+    token_log_probs_BT: jax.Array, where_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """log pi(y) = sum of log pi(y_t), and |y|, over the tokens of each answer that count.
+
+    Llama 3 (section 4.1.4) leaves out the tokens of headers and of the end of a turn, since both
+    answers share them: pushed up in one and down in the other, they make a model stutter or stop.
+
+    Args:
+      token_log_probs_BT: [B, T], as from `token_log_probs`.
+      where_BT: [B, T], mask. What a token that is left out holds, be it NaN, changes nothing.
+
+    Returns:
+      float32 log-probabilities [B] and numbers of tokens [B]; an answer without any has 0 of both.
+
+    Raises:
+      ValueError: shapes that differ.
+    """
+    if token_log_probs_BT.shape != where_BT.shape:
+        raise ValueError(
+            f"where {where_BT.shape} does not fit log-probabilities {token_log_probs_BT.shape}"
+        )
+    counts = where_BT != 0
+    log_probs = jnp.where(counts, jnp.asarray(token_log_probs_BT, jnp.float32), 0.0)
+    return jnp.sum(log_probs, axis=-1), jnp.sum(counts, axis=-1, dtype=jnp.float32)
+
+
+def sequence_nll(log_prob_B: jax.Array, length_B: jax.Array) -> jax.Array:
+    """-log pi(y) / |y|: what Llama 3 adds to DPO for the chosen answer, at weight 0.2.
+
+    It keeps the chosen answer likely while the margin grows (Pang et al. 2024). Being a mean over
+    each answer, it weighs answers equally; TRL's term is a mean over the tokens of the batch.
+
+    Args:
+      log_prob_B: [B], log-probability of an answer under the policy, summed over its tokens.
+      length_B: [B], its number of tokens; 0 counts as 1.
+
+    Returns:
+      float32 [B].
+    """
+    _check_same_shape(log_prob_B, length_B)
+    return -_per_token(jnp.asarray(log_prob_B, jnp.float32), length_B)
 
 
 def dpo(
@@ -13,43 +68,129 @@ def dpo(
     beta: float = 0.1,
     chosen_length_B: jax.Array | None = None,
     rejected_length_B: jax.Array | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """-log sigmoid(r_chosen - r_rejected), r = beta (log pi - log pi_ref) (Rafailov et al. 2023).
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m), m = r_chosen - r_rejected.
 
-    With both lengths, each log-ratio is divided by its completion's number of tokens, so that a
-    long completion is no larger a lever than a short one (Lambert et al. 2024, Tulu 3).
+    r = beta (log pi - log pi_ref); e = 0 is DPO (Rafailov et al. 2023), e > 0 conservative DPO
+    (Mitchell 2023), which stops at the margin where sigmoid(m) = 1 - e. With both lengths a long
+    answer is no larger a lever than a short one (Lambert et al. 2024, Tulu 3).
 
     Args:
-      policy_chosen_logp_B: [B], log-probability of the chosen completion, summed over its tokens.
+      policy_chosen_logp_B: [B], log-probability of the chosen answer, summed over its tokens.
       policy_rejected_logp_B: [B], the same of the rejected one.
       reference_chosen_logp_B: [B], of the chosen one under the frozen reference.
       reference_rejected_logp_B: [B], of the rejected one under it.
       beta: how dear it is to leave the reference.
-      chosen_length_B: [B], tokens of the chosen completion, at least 1.
-      rejected_length_B: [B], tokens of the rejected one, at least 1.
+      chosen_length_B: [B], tokens of the chosen answer; 0 counts as 1.
+      rejected_length_B: [B], tokens of the rejected one.
+      label_smoothing: share e of pairs thought to be labelled the wrong way round, in [0, 0.5).
 
     Returns:
-      float32 loss [B], and the terms "reward_margin" and "reward_accuracy" [B].
-
-    Raises:
-      ValueError: shapes that differ, or one length without the other.
+      Loss [B] and terms, see the module.
     """
-    if (chosen_length_B is None) != (rejected_length_B is None):
+    _check_smoothing(label_smoothing)
+    margin, terms = _rewards(
+        (policy_chosen_logp_B, reference_chosen_logp_B, chosen_length_B),
+        (policy_rejected_logp_B, reference_rejected_logp_B, rejected_length_B),
+        beta,
+    )
+    right, flipped = -jax.nn.log_sigmoid(margin), -jax.nn.log_sigmoid(-margin)
+    return (1.0 - label_smoothing) * right + label_smoothing * flipped, terms
+
+
+def robust_dpo(
+    policy_chosen_logp_B: jax.Array,
+    policy_rejected_logp_B: jax.Array,
+    reference_chosen_logp_B: jax.Array,
+    reference_rejected_logp_B: jax.Array,
+    *,
+    label_smoothing: float,
+    beta: float = 0.1,
+    chosen_length_B: jax.Array | None = None,
+    rejected_length_B: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """[-(1 - e) log sigmoid(m) + e log sigmoid(-m)] / (1 - 2 e) (Chowdhury et al. 2024).
+
+    Where a share e of the pairs is labelled the wrong way round, its expectation is the loss of
+    `dpo` on the right labels; it may be below 0. Arguments and returns are those of `dpo`.
+    """
+    _check_smoothing(label_smoothing)
+    margin, terms = _rewards(
+        (policy_chosen_logp_B, reference_chosen_logp_B, chosen_length_B),
+        (policy_rejected_logp_B, reference_rejected_logp_B, rejected_length_B),
+        beta,
+    )
+    right, flipped = -jax.nn.log_sigmoid(margin), -jax.nn.log_sigmoid(-margin)
+    loss = (1.0 - label_smoothing) * right - label_smoothing * flipped
+    return loss / (1.0 - 2.0 * label_smoothing), terms
+
+
+def ipo(
+    policy_chosen_logp_B: jax.Array,
+    policy_rejected_logp_B: jax.Array,
+    reference_chosen_logp_B: jax.Array,
+    reference_rejected_logp_B: jax.Array,
+    *,
+    beta: float = 0.1,
+    chosen_length_B: jax.Array | None = None,
+    rejected_length_B: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(h - 1 / (2 beta))^2, h = log(pi/ref)(chosen) - log(pi/ref)(rejected) (Azar et al. 2023).
+
+    It has its minimum at a finite margin, so it does not overfit pairs that are always preferred.
+    The paper's log-ratios (equation 17) are sums over tokens; TRL's are means: pass both lengths to
+    have those, and choose beta anew, for 1 / (2 beta) is then a margin of means. Arguments and
+    returns are those of `dpo`.
+    """
+    margin, terms = _rewards(
+        (policy_chosen_logp_B, reference_chosen_logp_B, chosen_length_B),
+        (policy_rejected_logp_B, reference_rejected_logp_B, rejected_length_B),
+        beta,
+    )
+    return jnp.square((margin - 0.5) / beta), terms
+
+
+_Answer = tuple[jax.Array, jax.Array, jax.Array | None]  # policy, reference, length
+
+
+def _rewards(
+    chosen: _Answer, rejected: _Answer, beta: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The reward margin, which has a gradient, and the terms, which have none."""
+    if not beta > 0:
+        raise ValueError(f"beta must be above 0, got {beta}")
+    if (chosen[2] is None) != (rejected[2] is None):
         raise ValueError("pass both chosen_length_B and rejected_length_B, or neither")
-    chosen = _log_ratio(policy_chosen_logp_B, reference_chosen_logp_B, chosen_length_B)
-    rejected = _log_ratio(policy_rejected_logp_B, reference_rejected_logp_B, rejected_length_B)
-    if chosen.shape != rejected.shape:
-        raise ValueError(f"chosen {chosen.shape} and rejected {rejected.shape} differ in shape")
-    margin = beta * (chosen - rejected)
-    terms = {"reward_margin": margin, "reward_accuracy": (margin > 0).astype(jnp.float32)}
-    return -jax.nn.log_sigmoid(margin), jax.lax.stop_gradient(terms)
+    _check_same_shape(*(array for array in (*chosen, *rejected) if array is not None))
+    chosen_reward, rejected_reward = beta * _log_ratio(*chosen), beta * _log_ratio(*rejected)
+    margin = chosen_reward - rejected_reward
+    terms = {
+        "chosen_reward": chosen_reward,
+        "rejected_reward": rejected_reward,
+        "reward_margin": margin,
+        "reward_accuracy": (margin > 0).astype(jnp.float32),
+    }
+    return margin, jax.lax.stop_gradient(terms)
 
 
 def _log_ratio(policy: jax.Array, reference: jax.Array, length: jax.Array | None) -> jax.Array:
-    shapes = {array.shape for array in (policy, reference, length) if array is not None}
+    reference = jax.lax.stop_gradient(jnp.asarray(reference, jnp.float32))
+    ratio = jnp.asarray(policy, jnp.float32) - reference
+    return ratio if length is None else _per_token(ratio, length)
+
+
+def _per_token(values_B: jax.Array, length_B: jax.Array) -> jax.Array:
+    # An answer without tokens, such as a row that fills up a batch, must not become 0 / 0.
+    return values_B / jnp.maximum(length_B, 1)
+
+
+def _check_same_shape(*arrays: jax.Array) -> None:
+    shapes = {array.shape for array in arrays}
     if len(shapes) != 1:
         raise ValueError(f"log-probabilities and lengths differ in shape: {sorted(shapes)}")
-    ratio = jnp.asarray(policy, jnp.float32) - jax.lax.stop_gradient(
-        jnp.asarray(reference, jnp.float32)
-    )
-    return ratio if length is None else ratio / length
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")

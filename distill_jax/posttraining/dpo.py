@@ -163,8 +163,8 @@ def dpo_loss(
     A pair is its unit of weight. Per pair, with log-probabilities summed over an answer's tokens:
     -log sigmoid(beta (log pi(c) / ref(c) - log pi(r) / ref(r))) - nll_weight log pi(c) / |c|.
 
-    Terms: "dpo", "nll", "reward_margin", "reward_accuracy", "chosen_log_prob" and
-    "rejected_log_prob", the last two sums over an answer. `remat` is what the backward pass
+    Terms: those of `losses.dpo`, "dpo", "nll", "chosen_log_prob" and "rejected_log_prob", the last
+    two sums over an answer. `remat` is what the backward pass
     recomputes: "none", "dots" or "full".
     """
 
@@ -176,7 +176,7 @@ def dpo_loss(
         dpo_B, terms = losses.dpo(
             chosen_B, rejected_B, reference_B2[:, 0], reference_B2[:, 1], beta=config.beta
         )
-        nll_B = -chosen_B / jnp.sum(batch["where"][:, 0], axis=-1)
+        nll_B = losses.sequence_nll(chosen_B, jnp.sum(batch["where"][:, 0], axis=-1))
         terms = {
             **terms,
             "dpo": dpo_B,

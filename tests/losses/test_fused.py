@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distill_jax import losses
+from distill_jax.losses import chunks
 
 from . import oracles
 
@@ -303,11 +304,68 @@ def test_evaluation_computes_no_gradient():
 
 
 def test_default_chunk():
-    assert losses.default_chunk(100, 32) == 100
-    assert losses.default_chunk(8192, 128256) == 2048
-    assert losses.default_chunk(2049, 128256) == 1152  # two chunks, not 2048 and 1
-    assert losses.default_chunk(8192, 2**20) == 256
-    assert losses.default_chunk(4, 2**40) == 1
+    assert losses.default_chunk(100, 4096) == 100
+    assert losses.default_chunk(0, 4096) == 1
+    assert losses.default_chunk(8192, 2048) == 1024  # 2 * 1024 logits a token's column: as D
+    assert losses.default_chunk(8192, 8192) == 2048
+    assert losses.default_chunk(8192, 64) == 256
+    assert losses.default_chunk(1025, 2048) == 640  # two chunks, not 1024 and 1
+
+
+@pytest.mark.parametrize("vocabulary", [256, 300])
+def test_blocks_of_rows_and_tiles_of_the_vocabulary_change_nothing(vocabulary, monkeypatch):
+    rng = np.random.default_rng(1)
+    teacher = rng.normal(size=(N, vocabulary))
+    targets = {"dense": jnp.asarray(teacher), "top_k": oracles.top_k(teacher, 4)[0]}
+    targets["labels"] = jnp.asarray(rng.integers(0, vocabulary, N))
+    hidden, _, _, where, step = inputs()
+    unembedding = jnp.asarray(rng.normal(size=(D, vocabulary)), jnp.float32)
+    arrays = hidden, unembedding, targets, where, step
+    expected = mean_and_gradients(unfused, OBJECTIVES["sum"], arrays)
+    monkeypatch.setattr(chunks, "_CACHED_ELEMENTS", 5 * vocabulary)  # 4 rows of a chunk of 16
+    monkeypatch.setattr(chunks, "_TILE_ELEMENTS", 1)  # the least tile, 128 ids
+
+    def mean(*arrays):
+        return fused(OBJECTIVES["sum"], *arrays).mean()
+
+    step = jax.jit(jax.value_and_grad(mean, argnums=(0, 1), has_aux=True))
+    chex.assert_trees_all_close(step(*arrays), expected, rtol=1e-5, atol=1e-6)
+    compiled = step.lower(*arrays).compile().as_text()
+    assert f"f32[4,{vocabulary}]" in compiled
+    assert f"f32[{D},128]" in compiled
+
+
+def test_masked_tokens_may_hold_nan_and_get_no_gradient():
+    hidden, unembedding, targets, where, step = inputs()
+    spoil = lambda leaf: jnp.where(  # noqa: E731
+        (where == 0).reshape(-1, *[1] * (leaf.ndim - 1)), jnp.nan, leaf
+    )
+    spoilt = {**targets, "dense": spoil(targets["dense"])}
+    arrays = hidden, unembedding, targets, where, step
+    chex.assert_trees_all_equal(
+        mean_and_gradients(
+            fused, OBJECTIVES["dense"], (spoil(hidden), unembedding, spoilt, where, step)
+        )[0],
+        mean_and_gradients(fused, OBJECTIVES["dense"], arrays)[0],
+    )
+    _, slopes = mean_and_gradients(
+        fused, OBJECTIVES["dense"], (hidden, unembedding, spoilt, where, step)
+    )
+    _, expected = mean_and_gradients(fused, OBJECTIVES["dense"], arrays)
+    chex.assert_trees_all_equal(slopes, expected)
+
+
+@pytest.mark.parametrize("differentiate", [jax.jacfwd, jax.hessian])
+def test_other_derivatives_are_refused(differentiate):
+    hidden, unembedding, targets, where, step = inputs()
+
+    def loss(hidden):
+        return fused(OBJECTIVES["hard"], hidden, unembedding, targets, where, step).loss
+
+    with pytest.raises(TypeError, match=r"fused_linear has no (forward-mode|second) derivative"):
+        differentiate(loss)(hidden)
+    with pytest.raises(TypeError, match="fused_linear has no second derivative"):
+        jax.jit(jax.grad(lambda hidden: jax.grad(loss)(hidden).sum()))(hidden)
 
 
 def test_what_does_not_fit_is_refused():

@@ -74,6 +74,8 @@ def in_pytorch(torch, policy: np.ndarray, reference: np.ndarray):
     loss = (dpo + DPO.nll_weight * nll).sum()
     loss.backward()
     terms = {
+        "chosen_reward": DPO.beta * ratio[:, 0],
+        "rejected_reward": DPO.beta * ratio[:, 1],
         "reward_margin": margin,
         "reward_accuracy": (margin > 0).double(),
         "nll": nll,

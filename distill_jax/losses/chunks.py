@@ -1,0 +1,151 @@
+"""Walking over the tokens of the fused head: chunks, and on CPU what fits the cache.
+
+A chunk's logits are made by one matrix product. The objective and its gradient then walk over
+them, and two more products give the chunk's share of both gradients. Those three products are what
+any objective must pay for. On CPU, to pay little more, the objective sees a few rows at a time, as
+many as stay in the cache, and the unembedding's gradient adds up a tile of the vocabulary at a
+time. On accelerators that would only make kernels small, so they take a chunk at once.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax.losses.objectives import Objective
+from distill_jax.losses.reduction import Totals, reduce
+
+_CACHED_ELEMENTS = 2**19  # of float32 logits: 2 MiB, a core's share of the cache
+_TILE_ELEMENTS = 2**22  # of the unembedding's gradient: 16 MiB
+_LEAST_CHUNK, _MOST_CHUNK = 256, 2048
+
+
+def default_chunk(tokens: int, embed: int) -> int:
+    """How many tokens to take at a time: half as many as the hidden state has channels.
+
+    A chunk's logits and their gradient, 2 chunk V values, are then no larger than the gradient of
+    the unembedding, D V values, which has to be held anyway: whatever the vocabulary, the head
+    needs at most twice that. The chunk stays between 256 tokens, below which adding up that
+    gradient costs more than the products that make it, and 2048, beyond which larger ones only cost
+    memory. The tokens are then split evenly, in multiples of 128, so that little of the last chunk
+    is padding.
+    """
+    most = min(max(embed // 2, _LEAST_CHUNK), _MOST_CHUNK)
+    if tokens <= most:
+        return max(tokens, 1)
+    even = -(-tokens // -(-tokens // most))
+    return min(most, -(-even // 128) * 128)
+
+
+class Chunks:
+    """Arrays of tokens [N, ...] in `count` chunks: chunk i is the tokens i, i + count, ...
+
+    The last chunk is filled up with copies of the last token at weight zero: unlike zeros, they
+    hold nothing that the objective does not meet anyway.
+    """
+
+    def __init__(self, tree, chunk: int):
+        hidden, rows = tree
+        self.size = chunk
+        self.count = -(-hidden.shape[0] // chunk)
+        missing = self.count * chunk - hidden.shape[0]
+        rows = {**rows, "where": jnp.pad(rows["where"], (0, missing))}
+        self._blocks = jax.tree.map(self._split, (hidden, rows))
+
+    def _split(self, leaf: jax.Array) -> jax.Array:
+        extra = self.count * self.size - leaf.shape[0]
+        if extra:
+            leaf = jnp.pad(leaf, [(0, extra)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")
+        return leaf.reshape(self.size, self.count, *leaf.shape[1:])
+
+    def take(self, index, start=0, size: int | None = None):
+        """Hidden states and rows of `size` tokens of chunk `index`, from its token `start` on."""
+        size = self.size if size is None else size
+
+        def slice_(block: jax.Array) -> jax.Array:
+            starts = (start, index) + (0,) * (block.ndim - 2)
+            taken = jax.lax.dynamic_slice(block, starts, (size, 1, *block.shape[2:]))
+            return taken.reshape(size, *block.shape[2:])
+
+        return jax.tree.map(slice_, self._blocks)
+
+
+def totals(objective: Objective, logits_NV: jax.Array, rows: Any, step: Any) -> Totals:
+    """The reduced objective of some tokens."""
+    where_N = rows["where"]
+    # Cut off here, because 0 * NaN would reach the gradient.
+    logits_NV = jnp.where(where_N[:, None] == 0, 0.0, logits_NV)
+    return reduce(*objective(logits_NV, rows["targets"], step=step), where_N)
+
+
+def totals_and_gradient(
+    objective: Objective, logits_NV: jax.Array, chunks: Chunks, index: jax.Array, step: Any
+) -> tuple[Totals, jax.Array]:
+    """The reduced objective of chunk `index`, and the gradient of its loss by its logits."""
+
+    def of_rows(logits_NV, rows):
+        def loss(logits_NV):
+            result = totals(objective, logits_NV, rows, step)
+            return result.loss, result
+
+        gradient_NV, result = jax.grad(loss, has_aux=True)(logits_NV)
+        return result, gradient_NV
+
+    def at_once(logits_NV, index):
+        return of_rows(logits_NV, chunks.take(index)[1])
+
+    def by_blocks(logits_NV, index):
+        def block(start):
+            part_NV = jax.lax.dynamic_slice_in_dim(logits_NV, start, size)
+            return of_rows(part_NV, chunks.take(index, start, size)[1])
+
+        result, gradient = jax.lax.map(block, jnp.arange(0, chunks.size, size))
+        return add_up(result), gradient.reshape(logits_NV.shape)
+
+    size = _divisor(chunks.size, max(1, _CACHED_ELEMENTS // logits_NV.shape[1]))
+    if size == chunks.size:
+        return at_once(logits_NV, index)
+    return jax.lax.platform_dependent(logits_NV, index, cpu=by_blocks, default=at_once)
+
+
+def add_product(
+    total_DV: jax.Array, hidden_ND: jax.Array, logits_bar_NV: jax.Array, *, tiled: bool
+) -> jax.Array:
+    """total + hidden^T logits_bar; `tiled` allows to cut the vocabulary into tiles."""
+    embed, vocabulary = total_DV.shape
+    tile = max(128, _TILE_ELEMENTS // embed // 128 * 128)
+    tiles, rest = divmod(vocabulary, tile)
+
+    def at_once(total_DV, hidden_ND, logits_bar_NV):
+        return total_DV + matmul("nd,nv->dv", hidden_ND, logits_bar_NV)
+
+    def by_tiles(total_DV, hidden_ND, logits_bar_NV):
+        def add(start, size, total_DV):
+            part_NV = jax.lax.dynamic_slice_in_dim(logits_bar_NV, start, size, 1)
+            before_DV = jax.lax.dynamic_slice_in_dim(total_DV, start, size, 1)
+            after_DV = at_once(before_DV, hidden_ND, part_NV)
+            return jax.lax.dynamic_update_slice_in_dim(total_DV, after_DV, start, 1)
+
+        total_DV = jax.lax.fori_loop(0, tiles, lambda i, sum: add(i * tile, tile, sum), total_DV)
+        return add(tiles * tile, rest, total_DV) if rest else total_DV
+
+    arrays = total_DV, hidden_ND, logits_bar_NV
+    if not (tiled and tiles):
+        return at_once(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=by_tiles, default=at_once)
+
+
+def add_up(parts: Totals) -> Totals:
+    """The sum of totals that lie along a leading axis."""
+    return jax.tree.map(functools.partial(jnp.sum, axis=0), parts)
+
+
+def matmul(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """A product that adds up in float32."""
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`."""
+    return next(size for size in range(min(number, most), 0, -1) if number % size == 0)
