@@ -1,6 +1,7 @@
 """Two small teachers trained from scratch, and every stage after them, in a few minutes.
 
-`--set size=test` is a cut of it that the tests run.
+`--set size=test` is a cut of it that the tests run; `--set divergence=reverse_kl`, or any other
+divergence of `distill_jax.losses`, is what the student minimises.
 """
 
 from typing import Literal
@@ -23,7 +24,9 @@ from distill_jax.teachers import RandomSampling, TopK, WriteConfig
 from distill_jax.training import OptimizerConfig, TrainConfig
 
 
-def get_config(size: Literal["default", "test"] = "default") -> Recipe:
+def get_config(
+    size: Literal["default", "test"] = "default", divergence: str = "forward_kl"
+) -> Recipe:
     test = size == "test"
     vocab_size = 512 if test else 4096
     steps = 8 if test else 40
@@ -60,7 +63,10 @@ def get_config(size: Literal["default", "test"] = "default") -> Recipe:
             ),
         ),
         distill=DistillConfig(
-            terms={"large": Term(weight=0.7), "small": Term(weight=0.2)},
+            terms={
+                "large": Term(weight=0.7, divergence=divergence),
+                "small": Term(weight=0.2, divergence=divergence),
+            },
             hard_weight=0.1,
             train=_train(steps),
         ),

@@ -21,7 +21,7 @@ from distill_jax.models import LlamaConfig
 from distill_jax.parallel import MeshConfig
 from distill_jax.posttraining import TASKS, DpoConfig, RejectionConfig, SftConfig
 from distill_jax.pruning import PruneConfig
-from distill_jax.teachers import Scheme, WriteConfig
+from distill_jax.teachers import RandomSampling, Scheme, TopK, WriteConfig
 from distill_jax.training import TrainConfig
 
 Control = Literal["cross_entropy", "random_start"]
@@ -93,13 +93,14 @@ class Term:
     Attributes:
       weight: its weight in the sum.
       divergence: name of a divergence in `distill_jax.losses`.
-      targets: name of the store, a key of `TargetsConfig.schemes`.
+      targets: name of the store, a key of `TargetsConfig.schemes`. None: the first unbiased samples
+        for forward KL, the first top-k for any other divergence, which samples cannot give.
       options: further keyword arguments of the divergence, such as {"alpha": 0.1}.
     """
 
     weight: float
     divergence: str = "forward_kl"
-    targets: str = "samples"
+    targets: str | None = None
     options: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -242,14 +243,29 @@ class Recipe:
                 f"posttraining.replay: rows of the corpus have {length} tokens, "
                 f"posttraining.sft.sequence_length is {post.sft.sequence_length}"
             )
-        for name, term in self.distill.terms.items():
+        for name in self.distill.terms:
             if name not in self.teachers:
                 raise InputError(f"distill.terms: {name!r} is none of the teachers {made}")
-            if term.targets not in self.targets.schemes:
-                raise InputError(
-                    f"distill.terms.{name}.targets: {term.targets!r} is none of the stores "
-                    f"{list(self.targets.schemes)}"
-                )
+            self.store(name)
+
+    def store(self, teacher: str) -> str:
+        """The name of the store that the distillation reads of a teacher.
+
+        Raises:
+          InputError: there is no such store, or none that can give the divergence.
+        """
+        term, schemes = self.distill.terms[teacher], self.targets.schemes
+        if term.targets is not None and term.targets in schemes:
+            return term.targets
+        if term.targets is None:
+            kind = RandomSampling if term.divergence == "forward_kl" else TopK
+            fitting = [name for name, scheme in schemes.items() if isinstance(scheme, kind)]
+            if fitting or term.divergence == "forward_kl":
+                return [*fitting, *schemes][0]
+            problem = f"{term.divergence} needs a top-k store, which is none of"
+        else:
+            problem = f"{term.targets!r} is none of"
+        raise InputError(f"distill.terms.{teacher}.targets: {problem} the stores {list(schemes)}")
 
 
 def to_json(value: Any) -> Any:

@@ -14,9 +14,12 @@ import time
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from distill_jax import cli, data, models, posttraining
 from distill_jax.recipe import load_recipe
+from distill_jax.stages import students
+from distill_jax.stages.context import Run
 from distill_jax.training import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -32,6 +35,17 @@ MODELS = (
     "sft",
     "rejection-sample",
     "dpo",
+)
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "gkd",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "alpha_beta_divergence",
+    "adaptive_kl",
+    "total_variation",
 )
 # Where to kill: (stage, what must be there first), from the start of a stage to its very end.
 _CHECKPOINT = "checkpoints/*/_CHECKPOINT_METADATA"
@@ -107,6 +121,21 @@ def test_kill_at_any_stage_ends_with_the_same_bits(whole, tmp_path):
             continue
         for file in (path for path in store.rglob("*") if path.is_file()):
             assert (tmp_path / file.relative_to(whole)).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_any_divergence_trains_by_one_line(whole, divergence):
+    overrides = ("size=test", f"divergence={divergence}", "distill.train.steps=24")
+    run = Run(load_recipe(CONFIG, overrides), epath.Path(whole))
+    place = run.directory / "trials" / divergence
+    distill = next(stage for stage in students.stages(run) if stage.name == "distill/seed-0")
+    distill.work(place)
+    lines = read_metrics(place / "metrics.jsonl")
+    store = "samples" if divergence == "forward_kl" else "top_k"
+    assert run.recipe.store("large") == run.recipe.store("small") == store
+    # Both terms are there, and training lowers what it minimises, beyond what batches differ by.
+    assert lines[0]["large"] > 0 < lines[0]["small"]
+    assert np.mean([line["loss"] for line in lines[-6:]]) < lines[0]["loss"]
 
 
 def test_a_second_run_does_nothing_and_another_recipe_is_refused(whole, capsys):

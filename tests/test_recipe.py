@@ -148,7 +148,10 @@ def test_the_objective_is_the_weighted_sum_of_the_terms():
         ("corpus.source=nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("mesh.data=3", "does not arrange 8 devices"),
         ("mesh.data=0", "does not arrange 8 devices"),
-        ("distill.terms.large.divergence=reverse_kl", "reverse_kl .*SampledTargets|SampledTargets"),
+        (
+            "divergence=reverse_kl; distill.terms.large.targets=samples",
+            r"distill\.terms: reverse_kl cannot be estimated from SampledTargets",
+        ),
         ("distill.terms.large.divergence=weighted_sum", "distill.terms: "),
         ('distill.terms.large.options={"nonsense": 1}', "distill.terms: .*nonsense"),
         ("targets.schemes.top_k.k=99999", "99999"),
@@ -161,7 +164,7 @@ def test_the_objective_is_the_weighted_sum_of_the_terms():
 )
 def test_what_cannot_work_is_refused_before_any_work(override, message):
     with pytest.raises(InputError, match=message) as caught:
-        preflight.check(load_recipe(TINY, [override]))
+        preflight.check(load_recipe(TINY, override.split("; ")))
     assert "\n" not in str(caught.value)
 
 
@@ -172,3 +175,14 @@ def test_llama_recipes_have_the_published_shapes(name, parameters):
     recipe = load_recipe(CONFIGS / f"{name}.py")
     abstract = models.abstract_params(recipe.prune.target)
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == parameters
+
+
+def test_a_divergence_chooses_the_store_that_can_give_it():
+    def store(*overrides):
+        return load_recipe(TINY, ["size=test", *overrides]).store("large")
+
+    assert store() == "samples"
+    assert store("divergence=reverse_kl") == "top_k"
+    assert store("distill.terms.large.targets=top_k") == "top_k"
+    with pytest.raises(InputError, match=r"distill\.terms\.large\.targets: 'x' is none of"):
+        store("distill.terms.large.targets=x")

@@ -110,27 +110,35 @@ def totals_and_gradient(
 
 
 def add_product(
-    total_DV: jax.Array, hidden_ND: jax.Array, logits_bar_NV: jax.Array, *, tiled: bool
+    total: jax.Array, hidden_ND: jax.Array, logits_bar_NV: jax.Array, *, order: str, tiled: bool
 ) -> jax.Array:
-    """total + hidden^T logits_bar; `tiled` allows to cut the vocabulary into tiles."""
-    embed, vocabulary = total_DV.shape
-    tile = max(128, _TILE_ELEMENTS // embed // 128 * 128)
+    """total + hidden^T logits_bar.
+
+    Args:
+      total: [D, V] or [V, D], as `order`, "dv" or "vd", says.
+      hidden_ND: [N, D].
+      logits_bar_NV: [N, V].
+      order: the axes of `total`.
+      tiled: whether the vocabulary may be cut into tiles.
+    """
+    axis, vocabulary = order.index("v"), logits_bar_NV.shape[1]
+    tile = max(128, _TILE_ELEMENTS // hidden_ND.shape[1] // 128 * 128)
     tiles, rest = divmod(vocabulary, tile)
 
-    def at_once(total_DV, hidden_ND, logits_bar_NV):
-        return total_DV + matmul("nd,nv->dv", hidden_ND, logits_bar_NV)
+    def at_once(total, hidden_ND, logits_bar_NV):
+        return total + matmul(f"nd,nv->{order}", hidden_ND, logits_bar_NV)
 
-    def by_tiles(total_DV, hidden_ND, logits_bar_NV):
-        def add(start, size, total_DV):
+    def by_tiles(total, hidden_ND, logits_bar_NV):
+        def add(start, size, total):
             part_NV = jax.lax.dynamic_slice_in_dim(logits_bar_NV, start, size, 1)
-            before_DV = jax.lax.dynamic_slice_in_dim(total_DV, start, size, 1)
-            after_DV = at_once(before_DV, hidden_ND, part_NV)
-            return jax.lax.dynamic_update_slice_in_dim(total_DV, after_DV, start, 1)
+            before = jax.lax.dynamic_slice_in_dim(total, start, size, axis)
+            after = at_once(before, hidden_ND, part_NV)
+            return jax.lax.dynamic_update_slice_in_dim(total, after, start, axis)
 
-        total_DV = jax.lax.fori_loop(0, tiles, lambda i, sum: add(i * tile, tile, sum), total_DV)
-        return add(tiles * tile, rest, total_DV) if rest else total_DV
+        total = jax.lax.fori_loop(0, tiles, lambda i, total: add(i * tile, tile, total), total)
+        return add(tiles * tile, rest, total) if rest else total
 
-    arrays = total_DV, hidden_ND, logits_bar_NV
+    arrays = total, hidden_ND, logits_bar_NV
     if not (tiled and tiles):
         return at_once(*arrays)
     return jax.lax.platform_dependent(*arrays, cpu=by_tiles, default=at_once)

@@ -125,8 +125,8 @@ def alpha_beta_divergence(
     student_logits: jax.Array,
     teacher: Teacher,
     *,
-    alpha: float,
-    beta: float,
+    alpha: float = 0.2,
+    beta: float = 0.7,
     temperature: float = 1.0,
 ) -> jax.Array:
     """-T^2 / (a b) sum [p^a q^b - a / (a + b) p^(a + b) - b / (a + b) q^(a + b)] (ABKD, 2025).

@@ -22,21 +22,22 @@ from distill_jax.losses.reduction import Totals
 def fused_linear(
     objective: Objective,
     hidden_ND: jax.Array,
-    unembedding_DV: jax.Array,
+    unembedding: jax.Array,
     targets: Mapping[str, Any],
     where: jax.Array | None = None,
     *,
+    transposed: bool = False,
     step: jax.Array | int | None = None,
     chunk: int | None = None,
 ) -> Totals:
-    """Equals `reduce(*objective(hidden_ND @ unembedding_DV, targets, step=step), where)`.
+    """Equals `reduce(*objective(hidden_ND @ unembedding, targets, step=step), where)`.
 
     It never holds the logits of more than one chunk. Under differentiation the gradients of
     the loss are taken in the forward pass, while a chunk's logits are there, and merely scaled in
     the backward pass (as in Liger Kernel, Hsu et al. 2024); without it none are computed. The
     unembedding's gradient adds up in float32 whatever the inputs are.
 
-    Only `hidden_ND` and `unembedding_DV` receive gradients, and only from `Totals.loss`. The
+    Only `hidden_ND` and `unembedding` receive gradients, and only from `Totals.loss`. The
     derivative is the first, in reverse mode. Do not close the objective over something to
     differentiate.
 
@@ -49,10 +50,12 @@ def fused_linear(
       objective: any `Objective`. It is called with some of the tokens at a time, so it must treat
         tokens independently.
       hidden_ND: [N, D].
-      unembedding_DV: [D, V].
+      unembedding: [D, V].
       targets: the objective's targets; every array in them has N as its leading axis.
       where: [N], mask or weights. What a token of weight zero holds, be it NaN, changes neither
         value nor gradient.
+      transposed: whether the unembedding is [V, D] instead, as the embedding of a tied model is.
+        Transposing that one by hand would cost a copy of it and one of its gradient.
       step: the training step, for objectives with schedules.
       chunk: tokens at a time; `default_chunk` if left out.
 
@@ -63,19 +66,21 @@ def fused_linear(
       ValueError: shapes that do not fit.
       TypeError: a forward-mode or a second derivative was asked for.
     """
-    rows = _rows(hidden_ND, unembedding_DV, targets, where)
-    chunk = _chunk_size(chunk, *hidden_ND.shape)
-    arrays = _match_varying((hidden_ND, unembedding_DV, rows, step))
-    return _first_reverse_only(_fused)(objective, _Layout(chunk), *arrays)
+    order = "vd" if transposed else "dv"
+    rows = _rows(order, hidden_ND, unembedding, targets, where)
+    layout = _Layout(_chunk_size(chunk, *hidden_ND.shape), order)
+    arrays = _match_varying((hidden_ND, unembedding, rows, step))
+    return _first_reverse_only(_fused)(objective, layout, *arrays)
 
 
 def sharded_fused_linear(
     objective: Objective,
     hidden_ND: jax.Array,
-    unembedding_DV: jax.Array,
+    unembedding: jax.Array,
     targets: Mapping[str, Any],
     where: jax.Array | None = None,
     *,
+    transposed: bool = False,
     mesh: Mesh,
     tokens: Sequence[str] = ("data", "fsdp"),
     embed: str | None = "fsdp",
@@ -96,10 +101,11 @@ def sharded_fused_linear(
     Args:
       objective: as in `fused_linear`.
       hidden_ND: [N, D], N divisible by the devices of `tokens`.
-      unembedding_DV: [D, V], D divisible by the devices of `embed`. Its dtype may be wider than the
+      unembedding: [D, V], D divisible by the devices of `embed`. Its dtype may be wider than the
         hidden state's; its gradient then is so too.
       targets: as in `fused_linear`.
       where: as in `fused_linear`.
+      transposed: as in `fused_linear`.
       mesh: the mesh; axes of it that are not named below must not split any of the arrays.
       tokens: mesh axes over which tokens are split.
       embed: the mesh axis, among `tokens`, over which the unembedding's D is split; None: whole.
@@ -121,27 +127,28 @@ def sharded_fused_linear(
             f"tokens {tokens}, embed {embed!r}, vocabulary {vocabulary!r} do not fit a mesh with "
             f"axes {mesh.axis_names}; embed must be among tokens"
         )
-    rows = _rows(hidden_ND, unembedding_DV, targets, where)
+    order = "vd" if transposed else "dv"
+    rows = _rows(order, hidden_ND, unembedding, targets, where)
     shards = math.prod(mesh.shape[axis] for axis in tokens)
     _check_divides("tokens", hidden_ND.shape[0], shards)
     _check_divides("embed", hidden_ND.shape[1], mesh.shape.get(embed, 1))
-    _check_divides("vocabulary", unembedding_DV.shape[1], mesh.shape.get(vocabulary, 1))
+    _check_divides("vocabulary", unembedding.shape[order.index("v")], mesh.shape.get(vocabulary, 1))
     size = _chunk_size(chunk, hidden_ND.shape[0] // shards, hidden_ND.shape[1])
-    split = mesh.shape.get(vocabulary, 1) > 1
-    layout = _Layout(size, tokens, embed, vocabulary if split else None)
+    split = vocabulary if mesh.shape.get(vocabulary, 1) > 1 else None
+    layout = _Layout(size, order, tokens, embed, split)
 
-    def local(hidden_ND, unembedding_DV, rows, step):
-        return _fused(objective, layout, hidden_ND, unembedding_DV, rows, step)
+    def local(hidden_ND, unembedding, rows, step):
+        return _fused(objective, layout, hidden_ND, unembedding, rows, step)
 
     sharded = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(tokens), P(embed), P(tokens), P()),
+        in_specs=(P(tokens), layout.spec(d=embed), P(tokens), P()),
         out_specs=P(),
         axis_names=frozenset(tokens),
     )
     # Jitted, because axes that the compiler splits are unknown outside of it.
-    return _first_reverse_only(jax.jit(sharded))(hidden_ND, unembedding_DV, rows, step)
+    return _first_reverse_only(jax.jit(sharded))(hidden_ND, unembedding, rows, step)
 
 
 class _Layout(NamedTuple):
@@ -149,53 +156,59 @@ class _Layout(NamedTuple):
 
     Attributes:
       chunk: tokens at a time.
+      order: the unembedding's axes, "dv" or "vd".
       tokens: axes of `shard_map` over which the totals are summed.
       embed: the axis over which the unembedding is gathered.
       vocabulary: the axis over which the compiler splits the vocabulary.
     """
 
     chunk: int
+    order: str
     tokens: tuple[str, ...] = ()
     embed: str | None = None
     vocabulary: str | None = None
 
+    def spec(self, **axes: str | None) -> P:
+        """Mesh axes given for "d" and "v" in the unembedding's order."""
+        return P(*(axes.get(letter) for letter in self.order))
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused(objective, layout, hidden_ND, unembedding_DV, rows, step) -> Totals:
-    unembedding_DV = _gather(layout, unembedding_DV, hidden_ND.dtype)
-    hidden_ND, unembedding_DV = _same_dtype(hidden_ND, unembedding_DV)
+def _fused(objective, layout, hidden_ND, unembedding, rows, step) -> Totals:
+    unembedding = _gather(layout, unembedding, hidden_ND.dtype)
+    hidden_ND, unembedding = _same_dtype(hidden_ND, unembedding)
     chunks = walk.Chunks((hidden_ND, rows), layout.chunk)
 
     def body(index):
         chunk_ND, chunk_rows = chunks.take(index)
-        logits_NV = walk.matmul("nd,dv->nv", chunk_ND, unembedding_DV)
+        logits_NV = walk.matmul(f"nd,{layout.order}->nv", chunk_ND, unembedding)
         return walk.totals(objective, logits_NV, chunk_rows, step)
 
     return _add_up(layout, jax.lax.map(body, jnp.arange(chunks.count)))
 
 
-def _fused_forward(objective, layout, hidden_ND, unembedding_DV, rows, step):
-    dtypes = (hidden_ND.dtype, unembedding_DV.dtype)
-    unembedding_DV = _gather(layout, unembedding_DV, dtypes[0])
-    hidden_ND, unembedding_DV = _same_dtype(hidden_ND, unembedding_DV)
+def _fused_forward(objective, layout, hidden_ND, unembedding, rows, step):
+    dtypes = (hidden_ND.dtype, unembedding.dtype)
+    unembedding = _gather(layout, unembedding, dtypes[0])
+    hidden_ND, unembedding = _same_dtype(hidden_ND, unembedding)
     chunks = walk.Chunks((hidden_ND, rows), layout.chunk)
 
-    def body(unembedding_bar_DV, index):
+    def body(unembedding_bar, index):
         chunk_ND, _ = chunks.take(index)
-        logits_NV = walk.matmul("nd,dv->nv", chunk_ND, unembedding_DV)
+        logits_NV = walk.matmul(f"nd,{layout.order}->nv", chunk_ND, unembedding)
         totals, bar_NV = walk.totals_and_gradient(objective, logits_NV, chunks, index, step)
         bar_NV = bar_NV.astype(chunk_ND.dtype)
-        unembedding_bar_DV = walk.add_product(
-            unembedding_bar_DV, chunk_ND, bar_NV, tiled=layout.vocabulary is None
+        unembedding_bar = walk.add_product(
+            unembedding_bar, chunk_ND, bar_NV, order=layout.order, tiled=layout.vocabulary is None
         )
-        chunk_bar_ND = walk.matmul("nv,dv->nd", bar_NV, unembedding_DV).astype(dtypes[0])
-        return unembedding_bar_DV, (totals, chunk_bar_ND)
+        chunk_bar_ND = walk.matmul(f"nv,{layout.order}->nd", bar_NV, unembedding).astype(dtypes[0])
+        return unembedding_bar, (totals, chunk_bar_ND)
 
-    varying = _varying(hidden_ND) | _varying(unembedding_DV)
-    zeros_DV = _vary(jnp.zeros(unembedding_DV.shape, jnp.float32), varying)
-    unembedding_bar_DV, (totals, bar) = jax.lax.scan(body, zeros_DV, jnp.arange(chunks.count))
+    varying = _varying(hidden_ND) | _varying(unembedding)
+    zeros = _vary(jnp.zeros(unembedding.shape, jnp.float32), varying)
+    unembedding_bar, (totals, bar) = jax.lax.scan(body, zeros, jnp.arange(chunks.count))
     hidden_bar_ND = jnp.swapaxes(bar, 0, 1).reshape(-1, hidden_ND.shape[1])
-    bars = hidden_bar_ND[: hidden_ND.shape[0]], _scatter(layout, unembedding_bar_DV)
+    bars = hidden_bar_ND[: hidden_ND.shape[0]], _scatter(layout, unembedding_bar)
     return _add_up(layout, totals), (_first_order_only(bars), jnp.zeros((), dtypes[1]))
 
 
@@ -213,33 +226,37 @@ def _fused_backward(objective, layout, residuals, totals_bar):
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _gather(layout, unembedding_DV, dtype):
+def _gather(layout, unembedding, dtype):
     if not layout.tokens:
-        return unembedding_DV
-    low_DV = _vary(unembedding_DV.astype(dtype), frozenset(layout.tokens))
+        return unembedding
+    low = _vary(unembedding.astype(dtype), frozenset(layout.tokens))
     if layout.embed is None:
-        return low_DV
-    return _in_shards(layout, lambda x: jax.lax.all_gather(x, layout.embed, tiled=True))(low_DV)
+        return low
+    axis = layout.order.index("d")
+    return _in_shards(
+        layout, lambda low: jax.lax.all_gather(low, layout.embed, axis=axis, tiled=True)
+    )(low)
 
 
-def _scatter(layout, unembedding_bar_DV):
+def _scatter(layout, unembedding_bar):
     if not layout.tokens:
-        return unembedding_bar_DV
-    others = tuple(axis for axis in layout.tokens if axis != layout.embed)
+        return unembedding_bar
+    axis = layout.order.index("d")
+    others = tuple(name for name in layout.tokens if name != layout.embed)
 
-    def reduce_to_owner(bar_DV):
+    def reduce_to_owner(bar):
         if layout.embed is not None:
-            bar_DV = jax.lax.psum_scatter(bar_DV, layout.embed, tiled=True)
-        return jax.lax.psum(bar_DV, others) if others else bar_DV
+            bar = jax.lax.psum_scatter(bar, layout.embed, scatter_dimension=axis, tiled=True)
+        return jax.lax.psum(bar, others) if others else bar
 
-    return _in_shards(layout, reduce_to_owner)(unembedding_bar_DV)
+    return _in_shards(layout, reduce_to_owner)(unembedding_bar)
 
 
 def _in_shards(layout, collective):
-    """`collective` on a [D, V / shards] array: left alone, the compiler gathers V around it."""
+    """`collective` on a shard of the vocabulary: left alone, the compiler gathers V around it."""
     if layout.vocabulary is None:
         return collective
-    spec = P(None, layout.vocabulary)
+    spec = layout.spec(v=layout.vocabulary)
     return jax.shard_map(collective, in_specs=spec, out_specs=spec, axis_names={layout.vocabulary})
 
 
@@ -264,7 +281,7 @@ def _refuse(primals, tangents):
     del primals, tangents
     raise TypeError(
         "fused_linear has no second derivative: its gradient is taken in the forward pass; call "
-        "the objective on hidden_ND @ unembedding_DV instead"
+        "the objective on hidden_ND @ unembedding instead"
     )
 
 
@@ -280,7 +297,7 @@ def _first_reverse_only(function):
                 raise
             message = (
                 "fused_linear has no forward-mode derivative (jvp, jacfwd, linearize): use "
-                "jax.grad or jax.vjp, or call the objective on hidden_ND @ unembedding_DV"
+                "jax.grad or jax.vjp, or call the objective on hidden_ND @ unembedding"
             )
             raise TypeError(message) from error
 
@@ -300,11 +317,11 @@ def _check_divides(name: str, size: int, shards: int) -> None:
         raise ValueError(f"{name}: {size} do not divide over {shards} devices")
 
 
-def _rows(hidden_ND, unembedding_DV, targets, where) -> dict[str, Any]:
+def _rows(order, hidden_ND, unembedding, targets, where) -> dict[str, Any]:
     """What travels with the tokens, once it is known to fit."""
     where = jnp.ones(hidden_ND.shape[:1]) if where is None else jnp.asarray(where, jnp.float32)
     rows = {"where": where, "targets": dict(targets)}
-    _check_shapes(hidden_ND, unembedding_DV, rows)
+    _check_shapes(order, hidden_ND, unembedding, rows)
     return rows
 
 
@@ -328,16 +345,14 @@ def _vary(array: jax.Array, axes: frozenset) -> jax.Array:
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
-def _check_shapes(hidden_ND: jax.Array, unembedding_DV: jax.Array, rows: dict) -> None:
-    if hidden_ND.ndim != 2 or unembedding_DV.ndim != 2:
+def _check_shapes(order: str, hidden_ND: jax.Array, unembedding: jax.Array, rows: dict) -> None:
+    if hidden_ND.ndim != 2 or unembedding.ndim != 2:
         raise ValueError(
-            "hidden and unembedding must be [N, D] and [D, V], "
-            f"got {hidden_ND.shape} and {unembedding_DV.shape}"
+            f"hidden and unembedding must be [N, D] and [{', '.join(order.upper())}], "
+            f"got {hidden_ND.shape} and {unembedding.shape}"
         )
-    if hidden_ND.shape[1] != unembedding_DV.shape[0]:
-        raise ValueError(
-            f"hidden {hidden_ND.shape} does not fit unembedding {unembedding_DV.shape}"
-        )
+    if hidden_ND.shape[1] != unembedding.shape[order.index("d")]:
+        raise ValueError(f"hidden {hidden_ND.shape} does not fit unembedding {unembedding.shape}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(rows):
         if leaf.shape[:1] != hidden_ND.shape[:1]:
             name = jax.tree_util.keystr(path, simple=True, separator="/")

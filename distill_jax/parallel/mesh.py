@@ -22,6 +22,10 @@ RULES: Mapping[str, str | None] = {
 """Logical axis -> mesh axis; None keeps the axis whole on every device."""
 
 
+ROW_AXES = ("data", "fsdp")
+"""Mesh axes over which a batch's rows are split."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """How the devices are arranged.
@@ -84,4 +88,4 @@ def shardings(mesh: Mesh, axes: Any, shapes: Any, rules: Mapping[str, str | None
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over "data" and "fsdp"; everything else of a batch whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from jax.sharding import Mesh
+
 from distill_jax import losses
 from distill_jax.artifacts import InputError
 from distill_jax.data import Tokenizer
@@ -62,10 +64,16 @@ def sft_rows(
 
 
 def sft_loss(
-    model: LlamaConfig, config: SftConfig = SftConfig(), *, remat: Remat = "none"
+    model: LlamaConfig,
+    config: SftConfig = SftConfig(),
+    *,
+    remat: Remat = "none",
+    mesh: Mesh | None = None,
 ) -> LossFn:
     """The loss of `training.train` over batches of `sft_rows`; a token is its unit of weight.
 
-    `remat` is what the backward pass recomputes: "none", "dots" or "full".
+    `remat` is what the backward pass recomputes: "none", "dots" or "full"; `mesh` is where `train`
+    runs.
     """
-    return language_model_loss(model, losses.hard_labels(z_loss=config.z_loss), remat=remat)
+    objective = losses.hard_labels(z_loss=config.z_loss)
+    return language_model_loss(model, objective, remat=remat, mesh=mesh)

@@ -70,7 +70,9 @@ def _sft(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, A
     model = run.load(context.student(run.recipe.seeds[0]))
     _, problems = _problems(config)
     rows = _fine_tuning_rows(run, config, posttraining.demonstrations(problems))
-    loss_fn = posttraining.sft_loss(model.config, config.sft, remat=config.sft_train.remat)
+    loss_fn = posttraining.sft_loss(
+        model.config, config.sft, remat=config.sft_train.remat, mesh=run.mesh
+    )
     return _train(run, place, model, loss_fn, rows, config.sft_train)
 
 
@@ -88,7 +90,9 @@ def _rejection(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[
             "before, draw more samples, or lower posttraining.rejection.threshold"
         )
     rows = _fine_tuning_rows(run, config, examples)
-    loss_fn = posttraining.sft_loss(model.config, config.sft, remat=config.rejection_train.remat)
+    loss_fn = posttraining.sft_loss(
+        model.config, config.sft, remat=config.rejection_train.remat, mesh=run.mesh
+    )
     return {**figures, **_train(run, place, model, loss_fn, rows, config.rejection_train)}
 
 

@@ -70,8 +70,8 @@ def _check_objective(recipe: Recipe, vocab_size: int) -> None:
     targets: dict[str, Any] = {"labels": jnp.zeros(1, jnp.int32)}
     for scheme in recipe.targets.schemes.values():
         scheme.columns(vocab_size)
-    for name, term in recipe.distill.terms.items():
-        scheme = recipe.targets.schemes[term.targets]
+    for name in recipe.distill.terms:
+        scheme = recipe.targets.schemes[recipe.store(name)]
         targets[name] = teachers.to_targets(scheme, stored, temperature=temperature)
     logits = jax.ShapeDtypeStruct((1, vocab_size), jnp.float32)
     try:

@@ -94,7 +94,9 @@ def _cross_entropy(run: Run, seed: int, place: epath.Path) -> dict[str, Any]:
     model = run.load(PRUNE)
     train = dataclasses.replace(run.recipe.distill.train, seed=seed)
     objective = losses.weighted_sum(hard=(1.0, losses.hard_labels()))
-    loss_fn = training.language_model_loss(model.config, objective, remat=train.remat)
+    loss_fn = training.language_model_loss(
+        model.config, objective, remat=train.remat, mesh=run.mesh
+    )
     return run.train(place, model, loss_fn, run.corpus("train"), train)
 
 
@@ -111,8 +113,8 @@ def _train_on_targets(
     recipe = run.recipe
     train = dataclasses.replace(recipe.distill.train, seed=seed)
     stores = {
-        name: teachers.open_store(run.directory / context.targets(name) / term.targets)
-        for name, term in recipe.distill.terms.items()
+        name: teachers.open_store(run.directory / context.targets(name) / recipe.store(name))
+        for name in recipe.distill.terms
     }
     rows: data.RowSource = teachers.join(
         run.corpus("train"),
@@ -134,5 +136,6 @@ def _train_on_targets(
         recipe.distill.objective(recipe.targets.temperature),
         remat=train.remat,
         teacher_targets=teacher_targets,
+        mesh=run.mesh,
     )
     return run.train(place, model, loss_fn, rows, train)

@@ -61,6 +61,7 @@ def _make_teacher(run: Run, config: TeacherConfig, place: epath.Path) -> dict[st
         model.config,
         losses.weighted_sum(hard=(1.0, losses.hard_labels())),
         remat=config.train.remat,
+        mesh=run.mesh,
     )
     return figures | run.train(place, model, loss_fn, run.corpus("train"), config.train)
 

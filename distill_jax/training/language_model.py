@@ -1,13 +1,15 @@
 """The loss of every stage that trains on next tokens."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax import Array
+from jax.sharding import Mesh
 
-from distill_jax import losses
-from distill_jax.models import LlamaConfig, hidden_states, unembedding
+from distill_jax import losses, parallel
+from distill_jax.models import LlamaConfig, hidden_states, logical_axes
 from distill_jax.models.llama import Remat
 from distill_jax.training.step import LossFn
 
@@ -18,6 +20,7 @@ def language_model_loss(
     *,
     remat: Remat = "none",
     teacher_targets: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    mesh: Mesh | None = None,
 ) -> LossFn:
     """A loss_fn for `train` over batches of packed rows.
 
@@ -28,6 +31,8 @@ def language_model_loss(
       remat: what the backward pass recomputes inside a layer.
       teacher_targets: turns a batch's "targets" (stored arrays with leading [B, T]) into a mapping
         of teacher name -> targets with the same leading axes.
+      mesh: where `train` runs; the head is then split over it as its parameters are. None leaves
+        the head to the compiler.
     """
 
     def loss_fn(params: Any, batch: Mapping[str, Any], step: Array) -> losses.Totals:
@@ -38,13 +43,31 @@ def language_model_loss(
         if teacher_targets is not None:
             targets |= teacher_targets(batch["targets"])
         flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-        return losses.fused_linear(
+        matrix = params["embedding" if config.tied else "unembedding"]
+        return _head(mesh, config, matrix)(
             objective,
             flat(hidden_BTD),
-            unembedding(params),
+            matrix,
             jax.tree.map(flat, targets),
             flat(batch["where"]),
             step=step,
         )
 
     return loss_fn
+
+
+def _head(mesh: Mesh | None, config: LlamaConfig, matrix: Array) -> Callable[..., losses.Totals]:
+    """The fused head for an unembedding, split as the parameters are."""
+    if mesh is None or mesh.size == 1:
+        return functools.partial(losses.fused_linear, transposed=config.tied)
+    name = "embedding" if config.tied else "unembedding"
+    names = logical_axes(config)[name]
+    split = dict(zip(names, parallel.shardings(mesh, names, matrix).spec, strict=True))
+    return functools.partial(
+        losses.sharded_fused_linear,
+        transposed=config.tied,
+        mesh=mesh,
+        tokens=parallel.ROW_AXES,
+        embed=split["embed"],
+        vocabulary=split["vocab"],
+    )

@@ -335,6 +335,30 @@ def test_blocks_of_rows_and_tiles_of_the_vocabulary_change_nothing(vocabulary, m
     assert f"f32[{D},128]" in compiled
 
 
+@pytest.mark.parametrize("tile", [1, 2**22])
+def test_transposed_unembedding(tile, monkeypatch):
+    monkeypatch.setattr(chunks, "_TILE_ELEMENTS", tile)
+    rng = np.random.default_rng(1)
+    hidden, _, _, where, step = inputs()
+    targets = {"labels": jnp.asarray(rng.integers(0, 300, N))}
+    unembedding = jnp.asarray(rng.normal(size=(D, 300)), jnp.float32)
+    arrays = hidden, unembedding, targets, where, step
+    loss, (hidden_bar, bar_DV) = mean_and_gradients(unfused, OBJECTIVES["hard"], arrays)
+
+    def tied(objective, hidden, unembedding, targets, where, step):
+        return losses.fused_linear(
+            objective, hidden, unembedding, targets, where, step=step, chunk=16, transposed=True
+        )
+
+    arrays = hidden, unembedding.T, targets, where, step
+    result = mean_and_gradients(tied, OBJECTIVES["hard"], arrays)
+    chex.assert_trees_all_close(result, (loss, (hidden_bar, bar_DV.T)), rtol=1e-5, atol=1e-6)
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda *a: tied(OBJECTIVES["hard"], *a).loss))(*arrays))
+    assert f"f32[{D},300]" not in jaxpr  # it is never turned around
+    with pytest.raises(ValueError, match=r"must be \[N, D\] and \[V, D\]"):
+        tied(OBJECTIVES["hard"], hidden[0], *arrays[1:])
+
+
 def test_masked_tokens_may_hold_nan_and_get_no_gradient():
     hidden, unembedding, targets, where, step = inputs()
     spoil = lambda leaf: jnp.where(  # noqa: E731

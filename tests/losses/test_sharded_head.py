@@ -127,6 +127,22 @@ def test_any_mesh_gives_the_same(shape, axes):
     )
 
 
+def test_transposed_unembedding_stays_so():
+    mesh = make_mesh(1, 2, 4)
+    hidden, unembedding, targets, where = place(mesh, inputs("top_k"))
+    objective = OBJECTIVES["top_k forward_kl"]
+    tied = jax.device_put(unembedding.T, NamedSharding(mesh, P("tensor", "fsdp")))
+    compiled = (
+        step_on(mesh, objective, transposed=True).lower(hidden, tied, targets, where).compile()
+    )
+    loss, (hidden_bar, bar_VD) = compiled(hidden, tied, targets, where)
+    expected = one_device(objective, *inputs("top_k"))
+    chex.assert_trees_all_close((loss, (hidden_bar, bar_VD.T)), expected, rtol=1e-5, atol=1e-6)
+    text, local = compiled.as_text(), V // 4
+    assert shapes_of("all-gather", text) == {f"f32[{local},{D}]"}
+    assert shapes_of("reduce-scatter", text) == {f"f32[{local},{D // 2}]"}
+
+
 def test_float32_master_gets_a_float32_gradient_through_bfloat16_compute():
     """256 equal tokens: their 1/256 shares reach 1 only if they add up in float32."""
     mesh = make_mesh(2, 4, 1)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import grain
@@ -57,9 +58,10 @@ class Dying(grain.DatasetIterator):
         self._iterator.set_state(state)
 
 
-def run(directory, iterator=None, config=TRAIN, mesh=None):
-    model = models.Model(CONFIG, models.init_params(CONFIG, jax.random.key(0)))
-    loss_fn = language_model_loss(CONFIG, losses.weighted_sum(hard=(1.0, losses.hard_labels())))
+def run(directory, iterator=None, config=TRAIN, mesh=None, shape=CONFIG):
+    model = models.Model(shape, models.init_params(shape, jax.random.key(0)))
+    objective = losses.weighted_sum(hard=(1.0, losses.hard_labels()))
+    loss_fn = language_model_loss(shape, objective, mesh=mesh)
     return train(model, loss_fn, iterator or batches(), config, directory, mesh=mesh)
 
 
@@ -85,12 +87,18 @@ def test_learns_and_reports_the_loss_of_the_parameters_before_the_step(tmp_path)
     assert lines[0]["hard"] == lines[0]["loss"]
 
 
-def test_one_device_and_eight_agree(tmp_path):
-    eight = run(tmp_path / "eight", mesh=parallel.make_mesh(parallel.MeshConfig(data=2, tensor=2)))
+@pytest.mark.parametrize("vocabulary", [31, 32])  # left whole, and split over two devices
+def test_one_device_and_eight_agree(tmp_path, vocabulary):
+    shape = dataclasses.replace(CONFIG, vocab_size=vocabulary)
+    eight = run(
+        tmp_path / "eight",
+        mesh=parallel.make_mesh(parallel.MeshConfig(data=2, tensor=2)),
+        shape=shape,
+    )
     single = jax.sharding.Mesh(
         np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor")
     )
-    one = run(tmp_path / "one", mesh=single)
+    one = run(tmp_path / "one", mesh=single, shape=shape)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one.params, eight.params)
     first = [
         read_metrics(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("one", "eight")
