@@ -12,14 +12,24 @@ from distill_jax.losses.divergences import (
     skewed_reverse_kl,
     total_variation,
 )
+from distill_jax.losses.ensembles import (
+    agreement,
+    disagreement,
+    distill_mixture,
+    label_confidence,
+    mixture,
+)
+from distill_jax.losses.features import hidden_cosine, hidden_mse
 from distill_jax.losses.fused import fused_linear, sharded_fused_linear
 from distill_jax.losses.labels import cross_entropy, token_log_probs
 from distill_jax.losses.objectives import (
     Objective,
     Schedule,
+    TokenWeight,
     distill,
     hard_labels,
     taid,
+    token_weighted,
     weighted_sum,
 )
 from distill_jax.losses.policy import (
@@ -39,26 +49,34 @@ __all__ = [
     "SampledTargets",
     "Schedule",
     "Teacher",
+    "TokenWeight",
     "TopKTargets",
     "Totals",
     "adaptive_kl",
+    "agreement",
     "alpha_beta_divergence",
     "clipped_surrogate",
     "cross_entropy",
     "default_chunk",
+    "disagreement",
     "distill",
+    "distill_mixture",
     "dpo",
     "forward_kl",
     "fused_linear",
     "gkd",
     "hard_labels",
+    "hidden_cosine",
+    "hidden_mse",
     "importance_weights",
     "interpolate_logits",
     "ipo",
     "jensen_shannon",
+    "label_confidence",
     "minillm",
     "minillm_advantages",
     "mix_log_probs",
+    "mixture",
     "reduce",
     "reverse_kl",
     "robust_dpo",
@@ -69,6 +87,7 @@ __all__ = [
     "sum_log_probs",
     "taid",
     "token_log_probs",
+    "token_weighted",
     "total_variation",
     "weighted_sum",
 ]

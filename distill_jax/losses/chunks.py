@@ -28,14 +28,14 @@ def default_chunk(tokens: int, embed: int) -> int:
     the unembedding, D V values, which has to be held anyway: whatever the vocabulary, the head
     needs at most twice that. The chunk stays between 256 tokens, below which adding up that
     gradient costs more than the products that make it, and 2048, beyond which larger ones only cost
-    memory. The tokens are then split evenly, in multiples of 128, so that little of the last chunk
-    is padding.
+    memory. The tokens are then split evenly, in multiples of 16 (the rows of a tile on a TPU), so
+    that little of the last chunk is padding.
     """
     most = min(max(embed // 2, _LEAST_CHUNK), _MOST_CHUNK)
     if tokens <= most:
         return max(tokens, 1)
     even = -(-tokens // -(-tokens // most))
-    return min(most, -(-even // 128) * 128)
+    return min(most, -(-even // 16) * 16)
 
 
 class Chunks:

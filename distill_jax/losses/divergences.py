@@ -12,6 +12,8 @@ times temperature squared, which keeps the size of a KL's gradient as the temper
 - An outcome that one side rules out (a logit of -inf) costs the other at most -LOG_FLOOR nats per
   unit of mass instead of infinity; ruled out by both it costs nothing.
 
+A temperature is a number above 0 or, for logits, a traced scalar, whose range is not checked.
+
 All raise TypeError for targets that cannot give the divergence, naming what can, and ValueError
 for shapes that do not fit, for targets stored at another temperature and for parameters out of
 range.
@@ -44,7 +46,7 @@ def forward_kl(
     """
     _check(student_logits, teacher, temperature)
     if isinstance(teacher, SampledTargets):
-        return temperature**2 * _sampled_kl(student_logits / temperature, teacher)
+        return temperature**2 * _sampled_kl(_soften(student_logits, temperature), teacher)
     log_p, log_q = _outcomes(student_logits, teacher, temperature, "forward_kl")
     return temperature**2 * _kl(log_p, jnp.where(jnp.isneginf(log_q), LOG_FLOOR, log_q))
 
@@ -190,12 +192,14 @@ def adaptive_kl(
     else:
         head = _head(p, head_mass)
     gap = jnp.abs(p - jnp.exp(jax.lax.stop_gradient(log_q)))
+    # Both shares are summed: 1 - weight would lose the digits of a small one, beside 1e5 nats.
     head_gap = jnp.sum(jnp.where(head, gap, 0.0), axis=-1)
-    all_gap = jnp.sum(gap, axis=-1)
-    weight = jnp.where(all_gap > 0, head_gap / jnp.where(all_gap > 0, all_gap, 1.0), 0.5)
+    tail_gap = jnp.sum(jnp.where(head, 0.0, gap), axis=-1)
+    all_gap = head_gap + tail_gap
+    all_gap = jnp.where(all_gap > 0, all_gap, 1.0)
     forward = _kl(log_p, jnp.where(jnp.isneginf(log_q), LOG_FLOOR, log_q))
     reverse = _kl(log_q, jnp.maximum(log_p, LOG_FLOOR))
-    return temperature**2 * (weight * forward + (1.0 - weight) * reverse)
+    return temperature**2 * (head_gap / all_gap * forward + tail_gap / all_gap * reverse)
 
 
 def total_variation(
@@ -242,7 +246,8 @@ def interpolate_logits(
 
 def _check(student_logits: jax.Array, teacher: Teacher, temperature: float) -> None:
     """Refuses what does not fit together."""
-    if not (math.isfinite(temperature) and temperature > 0):
+    traced = isinstance(temperature, jax.Array)
+    if not traced and not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if not isinstance(teacher, TopKTargets | SampledTargets):
         if not hasattr(teacher, "shape"):
@@ -256,10 +261,11 @@ def _check(student_logits: jax.Array, teacher: Teacher, temperature: float) -> N
             )
         return
     kind = type(teacher).__name__
-    if teacher.temperature != temperature:
+    if traced or teacher.temperature != temperature:
+        wanted = "a traced temperature" if traced else f"a loss at temperature {temperature}"
         raise ValueError(
-            f"{kind} stored at temperature {teacher.temperature} cannot serve a loss at "
-            f"temperature {temperature}: store them again or change the loss"
+            f"{kind} stored at temperature {teacher.temperature} cannot serve {wanted}: store "
+            "them again or change the loss"
         )
     leading = student_logits.shape[:-1]
     values = teacher.log_probs if isinstance(teacher, TopKTargets) else teacher.weights
@@ -286,10 +292,10 @@ def _outcomes(
             f"{divergence} cannot be estimated from SampledTargets, because it is not linear in "
             "the teacher's probabilities: use forward_kl, or store TopKTargets or logits"
         )
-    student = jnp.asarray(student_logits, jnp.float32) / temperature
+    student = _soften(student_logits, temperature)
     if not isinstance(teacher, TopKTargets):
-        logits = jax.lax.stop_gradient(jnp.asarray(teacher, jnp.float32)) / temperature
-        return jax.nn.log_softmax(logits), jax.nn.log_softmax(student)
+        softened = jax.lax.stop_gradient(_soften(teacher, temperature))
+        return _log_normalised(softened), _log_normalised(student)
     log_probs = jax.lax.stop_gradient(jnp.asarray(teacher.log_probs, jnp.float32))
     log_tail = jax.lax.stop_gradient(jnp.asarray(teacher.log_tail, jnp.float32))
     listed = jnp.logical_not(jnp.isneginf(log_probs))
@@ -299,10 +305,22 @@ def _outcomes(
     return log_p, jax.nn.log_softmax(jnp.concatenate([picked, log_rest[..., None]], axis=-1))
 
 
+def _soften(logits: jax.Array, temperature: float) -> jax.Array:
+    """(logits - max) / T in float32: in this order logits of 1e4 keep the digits that matter."""
+    logits = jnp.asarray(logits, jnp.float32)
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return (logits - largest) / temperature
+
+
+def _log_normalised(softened: jax.Array) -> jax.Array:
+    """log softmax of what `_soften` gives, whose largest is 0."""
+    return softened - jnp.log(jnp.sum(jnp.exp(softened), axis=-1, keepdims=True))
+
+
 def _sampled_kl(student: jax.Array, teacher: SampledTargets) -> jax.Array:
     weights = jax.lax.stop_gradient(jnp.asarray(teacher.weights, jnp.float32))
     drawn = weights > 0
-    picked, log_z = sparse.pick(jnp.asarray(student, jnp.float32), teacher.ids)
+    picked, log_z = sparse.pick(student, teacher.ids)
     log_q = jnp.where(drawn, picked, 0.0) - log_z[..., None]
     log_q = jnp.where(jnp.isneginf(log_q), LOG_FLOOR, log_q)
     return jnp.sum(weights * (jnp.log(jnp.where(drawn, weights, 1.0)) - log_q), axis=-1)

@@ -12,9 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.losses import divergences, labels
+from distill_jax.losses.targets import SampledTargets, Teacher, TopKTargets
 
 Schedule = Callable[[Any], Any]
 """Maps the training step to a scalar."""
+
+TokenWeight = Callable[[Mapping[str, Any]], jax.Array]
+"""Maps an objective's targets to a number per token [N]."""
 
 
 class Objective(Protocol):
@@ -35,7 +39,7 @@ def hard_labels(*, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objecti
 
     def objective(logits_NV, targets, *, step=None):
         del step
-        labels_N = _lookup(targets, "labels")
+        labels_N = lookup(targets, "labels")
         plain = labels.cross_entropy(logits_NV, labels_N)
         if not (z_loss or label_smoothing):
             return plain, {}
@@ -48,41 +52,50 @@ def hard_labels(*, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objecti
 
 
 def distill(
-    name: str, divergence: Callable[..., jax.Array], *, temperature: float = 1.0, **kwargs: Any
+    name: str,
+    divergence: Callable[..., jax.Array],
+    *,
+    temperature: float | Schedule = 1.0,
+    **kwargs: Any,
 ) -> Objective:
     """A divergence from the teacher targets[name].
 
     Args:
       name: the teacher's name.
       divergence: `forward_kl`, `reverse_kl` or any function of (student_logits, teacher).
-      temperature: passed to the divergence.
+      temperature: passed to the divergence; a number, or a schedule of the step, which must then
+        be given. A schedule needs the teacher's logits: stored targets are of one temperature, and
+        are refused with a ValueError whatever the schedule gives.
       **kwargs: passed too.
     """
 
     def objective(logits_NV, targets, *, step=None):
-        del step
-        teacher = _lookup(targets, name)
-        return divergence(logits_NV, teacher, temperature=temperature, **kwargs), {}
+        teacher = lookup(targets, name)
+        at = temperature_at(temperature, step, {name: teacher})
+        return divergence(logits_NV, teacher, temperature=at, **kwargs), {}
 
     return objective
 
 
-def taid(name: str, fraction: float | Schedule, *, temperature: float = 1.0) -> Objective:
+def taid(
+    name: str, fraction: float | Schedule, *, temperature: float | Schedule = 1.0
+) -> Objective:
     """Forward KL to a teacher that moves from the student to targets[name] (Shing et al. 2025).
 
     Args:
       name: the teacher's name; its targets must be logits.
       fraction: t of `interpolate_logits`, a number or a schedule of the step.
-      temperature: of the forward KL.
+      temperature: of the forward KL, a number or a schedule of the step.
     """
 
     def objective(logits_NV, targets, *, step=None):
-        teacher = _lookup(targets, name)
+        teacher = lookup(targets, name)
         if not hasattr(teacher, "shape"):
             raise TypeError(f"taid needs the logits of {name!r}, got {type(teacher).__name__}")
         t = _at_step(fraction, step, name)
         moving = divergences.interpolate_logits(logits_NV, teacher, t)
-        return divergences.forward_kl(logits_NV, moving, temperature=temperature), {}
+        at = temperature_at(temperature, step, {name: teacher})
+        return divergences.forward_kl(logits_NV, moving, temperature=at), {}
 
     return objective
 
@@ -116,10 +129,54 @@ def weighted_sum(**named: tuple[float | Schedule, Objective]) -> Objective:
     return objective
 
 
-def _lookup(targets: Mapping[str, Any], name: str) -> Any:
+def token_weighted(objective: Objective, weight: TokenWeight) -> Objective:
+    """weight(targets)_N * objective, token by token; the weight has no gradient.
+
+    The mean still divides by the number of tokens, not by the sum of these weights: weights below 1
+    make the whole loss smaller.
+
+    Terms are "token_weight", the objective's own loss without the weight as "unweighted", and its
+    terms, without it too, under "unweighted/term".
+
+    Args:
+      objective: what to weight.
+      weight: any function of the targets, such as `label_confidence` or `agreement` give. It must
+        treat tokens independently.
+
+    Raises:
+      ValueError: the weights are not one number per token.
+    """
+
+    def weighted(logits_NV, targets, *, step=None):
+        loss_N, terms = objective(logits_NV, targets, step=step)
+        weight_N = jax.lax.stop_gradient(jnp.asarray(weight(targets), jnp.float32))
+        if weight_N.shape != loss_N.shape:
+            raise ValueError(f"token weights {weight_N.shape} do not fit a loss {loss_N.shape}")
+        plain = {f"unweighted/{name}": term_N for name, term_N in terms.items()}
+        return weight_N * loss_N, {"token_weight": weight_N, "unweighted": loss_N, **plain}
+
+    return weighted
+
+
+def lookup(targets: Mapping[str, Any], name: str) -> Any:
+    """targets[name], or a ValueError that says what there is."""
     if name not in targets:
         raise ValueError(f"no targets {name!r}; there are {', '.join(sorted(targets)) or 'none'}")
     return targets[name]
+
+
+def temperature_at(
+    temperature: float | Schedule, step: jax.Array | None, teachers: Mapping[str, Teacher]
+) -> Any:
+    """The temperature at a step; ValueError if stored targets were to follow a schedule."""
+    for name, teacher in teachers.items():
+        if callable(temperature) and isinstance(teacher, TopKTargets | SampledTargets):
+            raise ValueError(
+                f"{type(teacher).__name__} of {name!r}, stored at temperature "
+                f"{teacher.temperature}, cannot serve a schedule of temperatures: use that "
+                "number, or the teacher's logits"
+            )
+    return _at_step(temperature, step, " and ".join(teachers))
 
 
 def _at_step(value: float | Schedule, step: jax.Array | None, name: str) -> Any:

@@ -36,15 +36,18 @@ def _pick(logits: jax.Array, ids: jax.Array, exclude: bool):
 
 def _pick_forward(logits: jax.Array, ids: jax.Array, exclude: bool):
     picked, summed, log_sum, ids = _pick(logits, ids, exclude)
-    return (picked, log_sum), (summed, log_sum, ids)
+    largest = jnp.max(summed, axis=-1)
+    return (picked, log_sum), (summed, largest, log_sum, ids)
 
 
 def _pick_backward(exclude: bool, residuals, cotangents):
     del exclude
-    summed, log_sum, ids = residuals
+    summed, largest, log_sum, ids = residuals
     picked_bar, log_sum_bar = cotangents
-    shift = jnp.where(jnp.isneginf(log_sum), 0.0, log_sum)  # nothing was summed: no weight at all
-    logits_bar = jnp.exp(summed - shift[..., None]) * log_sum_bar[..., None]
+    empty = jnp.isneginf(log_sum)  # nothing was summed: no weight at all
+    # Relative to the largest, since a log-sum-exp of -1e4 has no digits left for what it sums.
+    scale = log_sum_bar * jnp.exp(jnp.where(empty, 0.0, largest - log_sum))
+    logits_bar = jnp.exp(summed - jnp.where(empty, 0.0, largest)[..., None]) * scale[..., None]
     return _at(logits_bar, ids, "add", picked_bar), None
 
 
@@ -54,8 +57,13 @@ pick.defvjp(_pick_forward, _pick_backward)
 def _at(values: jax.Array, ids: jax.Array, method: str, updates: jax.Array) -> jax.Array:
     """`values.at[ids].set` or `.add` along the last axis; ids beyond it are dropped.
 
-    Leading axes are mapped, not indexed, so that a sharded batch axis stays where it is.
+    A single id, a label, is compared with all: that fuses with whatever makes `values`, where a
+    scatter needs an array of its own. For more, leading axes are mapped, not indexed, so that a
+    sharded batch axis stays where it is.
     """
+    if ids.shape[-1] == 1:
+        here = jnp.arange(values.shape[-1]) == ids
+        return jnp.where(here, updates if method == "set" else values + updates, values)
 
     def update(row, ids, updates):
         return getattr(row.at[ids], method)(updates, mode="drop")

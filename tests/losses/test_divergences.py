@@ -214,6 +214,18 @@ def test_numerical_gradients_of_every_sparse_kind(logits):
     )
 
 
+def test_the_bucket_stays_in_the_tail_even_where_the_head_is_not_full(logits):
+    student, teacher = logits
+    targets, ids = oracles.top_k(teacher / 8, 2)  # two of thirteen: far from half of the mass
+    p = oracles.bucketed(oracles.softmax(teacher / 8), ids)
+    q = oracles.bucketed(oracles.softmax(student), ids)
+    assert np.all(p[:, :2].sum(-1) < 0.5)
+    gap = np.abs(p - q)
+    weight = gap[:, :2].sum(-1) / gap.sum(-1)
+    expected = weight * oracles.kl(p, q) + (1 - weight) * oracles.kl(q, p)
+    np.testing.assert_allclose(losses.adaptive_kl(student, targets), expected, rtol=1e-5)
+
+
 def test_adaptive_gradient_mixes_those_of_both_kls(logits):
     student, teacher = logits
     p, q = oracles.softmax(teacher), oracles.softmax(student)

@@ -309,7 +309,8 @@ def test_default_chunk():
     assert losses.default_chunk(8192, 2048) == 1024  # 2 * 1024 logits a token's column: as D
     assert losses.default_chunk(8192, 8192) == 2048
     assert losses.default_chunk(8192, 64) == 256
-    assert losses.default_chunk(1025, 2048) == 640  # two chunks, not 1024 and 1
+    assert losses.default_chunk(1025, 2048) == 528  # two chunks, not 1024 and 1
+    assert losses.default_chunk(896, 512) == 224  # four, without padding
 
 
 @pytest.mark.parametrize("vocabulary", [256, 300])
