@@ -125,7 +125,7 @@ def test_kill_at_any_stage_ends_with_the_same_bits(whole, tmp_path):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_any_divergence_trains_by_one_line(whole, divergence):
-    overrides = ("size=test", f"divergence={divergence}", "distill.train.steps=24")
+    overrides = ("size=test", f"divergence={divergence}", "distill.train.steps=16")
     run = Run(load_recipe(CONFIG, overrides), epath.Path(whole))
     place = run.directory / "trials" / divergence
     distill = next(stage for stage in students.stages(run) if stage.name == "distill/seed-0")
@@ -135,7 +135,7 @@ def test_any_divergence_trains_by_one_line(whole, divergence):
     assert run.recipe.store("large") == run.recipe.store("small") == store
     # Both terms are there, and training lowers what it minimises, beyond what batches differ by.
     assert lines[0]["large"] > 0 < lines[0]["small"]
-    assert np.mean([line["loss"] for line in lines[-6:]]) < lines[0]["loss"]
+    assert np.mean([line["loss"] for line in lines[-4:]]) < lines[0]["loss"]
 
 
 def test_a_second_run_does_nothing_and_another_recipe_is_refused(whole, capsys):

@@ -10,6 +10,8 @@ import pytest
 
 from distill_jax import losses, testing
 
+pytestmark = pytest.mark.slow
+
 stop = jax.lax.stop_gradient
 
 
