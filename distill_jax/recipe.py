@@ -21,14 +21,15 @@ from distill_jax.models import LlamaConfig
 from distill_jax.parallel import MeshConfig
 from distill_jax.posttraining import TASKS, DpoConfig, RejectionConfig, SftConfig
 from distill_jax.pruning import PruneConfig
-from distill_jax.teachers import RandomSampling, Scheme, TopK, WriteConfig
+from distill_jax.teachers import Scheme, TopK, WriteConfig
 from distill_jax.training import TrainConfig
 
 Control = Literal["cross_entropy", "random_start"]
 """What a distilled student is compared with; see `Recipe`."""
 
 # Columns of the metrics, and what the report calls its other models.
-_RESERVED = ("hard", "loss", "weight", "gradient_norm", "step", "tokens", "pruned", "distilled")
+_METRICS = ("hard", "labels", "loss", "weight", "gradient_norm", "step", "tokens")
+_RESERVED = (*_METRICS, "pruned", "distilled")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,8 +105,11 @@ class Term:
     options: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not callable(getattr(losses, self.divergence, None)):
-            raise InputError(f"divergence: {self.divergence!r} is not in distill_jax.losses")
+        if self.divergence not in losses.DIVERGENCES:
+            raise InputError(
+                f"distill.terms: {self.divergence!r} is none of the divergences "
+                f"{', '.join(losses.DIVERGENCES)}"
+            )
         if not self.weight > 0:
             raise InputError(f"distill.terms: a weight is {self.weight}; it must be positive")
 
@@ -255,14 +259,16 @@ class Recipe:
           InputError: there is no such store, or none that can give the divergence.
         """
         term, schemes = self.distill.terms[teacher], self.targets.schemes
-        if term.targets is not None and term.targets in schemes:
+        exact = [name for name, scheme in schemes.items() if isinstance(scheme, TopK)]
+        others = [name for name in schemes if name not in exact]
+        linear = term.divergence == "forward_kl"  # in the teacher, so that samples will do
+        fitting = [*others, *exact] if linear else exact
+        if term.targets is None and fitting:
+            return fitting[0]
+        if term.targets in fitting:
             return term.targets
-        if term.targets is None:
-            kind = RandomSampling if term.divergence == "forward_kl" else TopK
-            fitting = [name for name, scheme in schemes.items() if isinstance(scheme, kind)]
-            if fitting or term.divergence == "forward_kl":
-                return [*fitting, *schemes][0]
-            problem = f"{term.divergence} needs a top-k store, which is none of"
+        if term.targets is None or term.targets in schemes:
+            problem = f"{term.divergence} needs {'a' if linear else 'a top-k'} store, of"
         else:
             problem = f"{term.targets!r} is none of"
         raise InputError(f"distill.terms.{teacher}.targets: {problem} the stores {list(schemes)}")

@@ -55,7 +55,10 @@ def test_a_parameter_of_get_config_and_fields_by_dotted_name():
         ("distill.train.steps.more=1", "nothing below 'distill.train.steps'"),
         ("distill.train.remat=some", "--set distill.train.remat=some: .*'none'"),
         ("size=huge", "--set size=huge: .*'default'"),
-        ("distill.terms.large.divergence=nonsense", "'nonsense' is not in distill_jax.losses"),
+        (
+            "distill.terms.large.divergence=nonsense",
+            "'nonsense' is none of the divergences adaptive_kl",
+        ),
         ("distill.terms.large.targets=nowhere", "'nowhere' is none of the stores"),
         ("pruned_teacher=nobody", "pruned_teacher: 'nobody' is none of"),
         ("targets.schemes={}", "cannot be set as a whole"),
@@ -150,7 +153,7 @@ def test_the_objective_is_the_weighted_sum_of_the_terms():
         ("mesh.data=0", "does not arrange 8 devices"),
         (
             "divergence=reverse_kl; distill.terms.large.targets=samples",
-            r"distill\.terms: reverse_kl cannot be estimated from SampledTargets",
+            r"distill\.terms\.(large|small)\.targets: reverse_kl needs a top-k store",
         ),
         ("distill.terms.large.divergence=weighted_sum", "distill.terms: "),
         ('distill.terms.large.options={"nonsense": 1}', "distill.terms: .*nonsense"),
@@ -186,3 +189,10 @@ def test_a_divergence_chooses_the_store_that_can_give_it():
     assert store("distill.terms.large.targets=top_k") == "top_k"
     with pytest.raises(InputError, match=r"distill\.terms\.large\.targets: 'x' is none of"):
         store("distill.terms.large.targets=x")
+
+
+@pytest.mark.parametrize("divergence", losses.DIVERGENCES)
+def test_any_divergence_by_one_line(divergence):
+    recipe = load_recipe(TINY, ["size=test", f"divergence={divergence}"])
+    preflight.check(recipe)
+    assert {term.divergence for term in recipe.distill.terms.values()} == {divergence}

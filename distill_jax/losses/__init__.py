@@ -44,7 +44,24 @@ from distill_jax.losses.preference import dpo, ipo, robust_dpo, sequence_nll, su
 from distill_jax.losses.reduction import Totals, reduce
 from distill_jax.losses.targets import SampledTargets, Teacher, TopKTargets
 
+DIVERGENCES = {
+    divergence.__name__: divergence
+    for divergence in (
+        adaptive_kl,
+        alpha_beta_divergence,
+        forward_kl,
+        gkd,
+        jensen_shannon,
+        reverse_kl,
+        skewed_forward_kl,
+        skewed_reverse_kl,
+        total_variation,
+    )
+}
+"""Every divergence by its name, for whoever chooses one by configuration."""
+
 __all__ = [
+    "DIVERGENCES",
     "Objective",
     "SampledTargets",
     "Schedule",

@@ -12,7 +12,7 @@ times temperature squared, which keeps the size of a KL's gradient as the temper
 - An outcome that one side rules out (a logit of -inf) costs the other at most -LOG_FLOOR nats per
   unit of mass instead of infinity; ruled out by both it costs nothing.
 
-A temperature is a number above 0 or, for logits, a traced scalar, whose range is not checked.
+A temperature is a number above 0 or, for logits, a JAX scalar, whose range is not checked.
 
 All raise TypeError for targets that cannot give the divergence, naming what can, and ValueError
 for shapes that do not fit, for targets stored at another temperature and for parameters out of
@@ -262,7 +262,7 @@ def _check(student_logits: jax.Array, teacher: Teacher, temperature: float) -> N
         return
     kind = type(teacher).__name__
     if traced or teacher.temperature != temperature:
-        wanted = "a traced temperature" if traced else f"a loss at temperature {temperature}"
+        wanted = "an array as temperature" if traced else f"a loss at temperature {temperature}"
         raise ValueError(
             f"{kind} stored at temperature {teacher.temperature} cannot serve {wanted}: store "
             "them again or change the loss"
@@ -299,7 +299,9 @@ def _outcomes(
     log_probs = jax.lax.stop_gradient(jnp.asarray(teacher.log_probs, jnp.float32))
     log_tail = jax.lax.stop_gradient(jnp.asarray(teacher.log_tail, jnp.float32))
     listed = jnp.logical_not(jnp.isneginf(log_probs))
-    picked, log_rest = sparse.pick(student, jnp.where(listed, teacher.ids, -1), True)
+    picked, log_rest = sparse.pick(
+        student, jnp.where(listed, jnp.asarray(teacher.ids, jnp.int32), -1), True
+    )
     picked = jnp.where(listed, picked, -jnp.inf)
     log_p = jnp.concatenate([log_probs, log_tail[..., None]], axis=-1)
     return log_p, jax.nn.log_softmax(jnp.concatenate([picked, log_rest[..., None]], axis=-1))

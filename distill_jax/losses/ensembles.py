@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distill_jax.losses import divergences, sparse
 from distill_jax.losses.objectives import (
@@ -67,6 +68,10 @@ def mixture(
     shapes = [t.ids.shape[:-1] for t in samples] or [t.shape for t in logits]
     if len(set(shapes)) > 1:
         raise ValueError(f"teachers of shapes {', '.join(map(str, shapes))} cannot be mixed")
+    leading = shapes[0] if samples else shapes[0][:-1]
+    for weight in weights:
+        if jnp.ndim(weight) and jnp.shape(weight) != leading:
+            raise ValueError(f"weights {jnp.shape(weight)} do not fit teachers with {leading}")
     mix = _mix_samples if samples else _mix_logits
     return jax.lax.stop_gradient(mix(teachers, weights, temperature))
 
@@ -134,7 +139,7 @@ def distill_mixture(
 def _check_weights(weights: Sequence[Any]) -> None:
     if not weights:
         raise ValueError("a mixture needs at least one teacher")
-    numbers = [weight for weight in weights if isinstance(weight, int | float)]
+    numbers = [weight for weight in weights if isinstance(weight, int | float | np.number)]
     if len(numbers) < len(weights):
         return
     if min(numbers) < 0 or not math.isclose(sum(numbers), 1.0, rel_tol=1e-6):
@@ -145,7 +150,7 @@ def _check_weights(weights: Sequence[Any]) -> None:
 def _check_stored(
     teacher: TopKTargets | SampledTargets, temperature: float | jax.Array, purpose: str
 ) -> None:
-    if not isinstance(temperature, int | float) or teacher.temperature != temperature:
+    if isinstance(temperature, jax.Array) or teacher.temperature != temperature:
         raise ValueError(
             f"{type(teacher).__name__} stored at temperature {teacher.temperature} cannot give "
             f"{purpose} at temperature {temperature}: store them again or change it"

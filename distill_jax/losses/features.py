@@ -103,7 +103,10 @@ def _aligned(
     if where is not None:
         # Before the product: the projection's gradient sums over tokens, and 0 * NaN is NaN.
         counts = (where != 0)[..., None]
-        student, teacher = jnp.where(counts, student, 0.0), jnp.where(counts, teacher, 0.0)
+        student, teacher = (
+            jnp.where(counts, student, 0.0),
+            jnp.where(counts, teacher, 0.0),
+        )
     if projection is not None:
         student = student @ jnp.asarray(projection, jnp.float32)
     return student, teacher

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from distill_jax.losses import chunks as walk
@@ -38,8 +38,8 @@ def fused_linear(
     unembedding's gradient adds up in float32 whatever the inputs are.
 
     Only `hidden_ND` and `unembedding` receive gradients, and only from `Totals.loss`. The
-    derivative is the first, in reverse mode. Do not close the objective over something to
-    differentiate.
+    derivative is the first, in reverse mode. Do not close the objective over a traced array: pass
+    it in `targets`, or as `step`, which a schedule reads.
 
     A chunk is every (N / chunk)-th token, so a token axis that is sharded over devices stays where
     it is and every device works on each chunk. Under `jax.jit` N counts all devices' tokens and so
@@ -50,7 +50,7 @@ def fused_linear(
       objective: any `Objective`. It is called with some of the tokens at a time, so it must treat
         tokens independently.
       hidden_ND: [N, D].
-      unembedding: [D, V].
+      unembedding: [D, V]. Products are taken in the wider dtype of both.
       targets: the objective's targets; every array in them has N as its leading axis.
       where: [N], mask or weights. What a token of weight zero holds, be it NaN, changes neither
         value nor gradient.
@@ -64,7 +64,8 @@ def fused_linear(
 
     Raises:
       ValueError: shapes that do not fit.
-      TypeError: a forward-mode or a second derivative was asked for.
+      TypeError: a forward-mode derivative was asked for (under a `jax.jit` of yours the words are
+        JAX's own), or a second one.
     """
     order = "vd" if transposed else "dv"
     rows = _rows(order, hidden_ND, unembedding, targets, where)
@@ -82,7 +83,7 @@ def sharded_fused_linear(
     *,
     transposed: bool = False,
     mesh: Mesh,
-    tokens: Sequence[str] = ("data", "fsdp"),
+    tokens: str | Sequence[str] = ("data", "fsdp"),
     embed: str | None = "fsdp",
     vocabulary: str | None = "tensor",
     step: jax.Array | int | None = None,
@@ -106,7 +107,7 @@ def sharded_fused_linear(
       targets: as in `fused_linear`.
       where: as in `fused_linear`.
       transposed: as in `fused_linear`.
-      mesh: the mesh; axes of it that are not named below must not split any of the arrays.
+      mesh: the mesh, of `Auto` axes; those that are not named below must not split the arrays.
       tokens: mesh axes over which tokens are split.
       embed: the mesh axis, among `tokens`, over which the unembedding's D is split; None: whole.
       vocabulary: the mesh axis over which its V is split; None: whole.
@@ -120,13 +121,8 @@ def sharded_fused_linear(
       ValueError: shapes that do not fit, or axes that the mesh does not have.
       TypeError: a forward-mode or a second derivative was asked for.
     """
-    tokens = tuple(tokens)
-    unknown = [a for a in (*tokens, embed, vocabulary) if a and a not in mesh.axis_names]
-    if unknown or (embed and embed not in tokens):
-        raise ValueError(
-            f"tokens {tokens}, embed {embed!r}, vocabulary {vocabulary!r} do not fit a mesh with "
-            f"axes {mesh.axis_names}; embed must be among tokens"
-        )
+    tokens = (tokens,) if isinstance(tokens, str) else tuple(tokens)
+    _check_axes(mesh, tokens, embed, vocabulary)
     order = "vd" if transposed else "dv"
     rows = _rows(order, hidden_ND, unembedding, targets, where)
     shards = math.prod(mesh.shape[axis] for axis in tokens)
@@ -194,7 +190,9 @@ def _fused_forward(objective, layout, hidden_ND, unembedding, rows, step):
     chunks = walk.Chunks((hidden_ND, rows), layout.chunk)
 
     def body(unembedding_bar, index):
-        chunk_ND, _ = chunks.take(index)
+        chunk_ND, chunk_rows = chunks.take(index)
+        # 0 * NaN would reach the unembedding's gradient.
+        chunk_ND = jnp.where(chunk_rows["where"][:, None] == 0, 0, chunk_ND)
         logits_NV = walk.matmul(f"nd,{layout.order}->nv", chunk_ND, unembedding)
         totals, bar_NV = walk.totals_and_gradient(objective, logits_NV, chunks, index, step)
         bar_NV = bar_NV.astype(chunk_ND.dtype)
@@ -296,7 +294,7 @@ def _first_reverse_only(function):
             if "forward-mode" not in str(error):
                 raise
             message = (
-                "fused_linear has no forward-mode derivative (jvp, jacfwd, linearize): use "
+                "fused_linear has no forward-mode derivative (jvp, jacfwd): use "
                 "jax.grad or jax.vjp, or call the objective on hidden_ND @ unembedding"
             )
             raise TypeError(message) from error
@@ -310,6 +308,22 @@ def _chunk_size(chunk: int | None, tokens: int, embed: int) -> int:
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     return min(chunk, max(tokens, 1))
+
+
+def _check_axes(
+    mesh: Mesh, tokens: tuple[str, ...], embed: str | None, vocabulary: str | None
+) -> None:
+    unknown = [a for a in (*tokens, embed, vocabulary) if a and a not in mesh.axis_names]
+    if unknown or (embed and embed not in tokens) or vocabulary in tokens:
+        raise ValueError(
+            f"tokens {tokens}, embed {embed!r}, vocabulary {vocabulary!r} do not fit a mesh with "
+            f"axes {mesh.axis_names}; embed must be among tokens, vocabulary must not"
+        )
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            "sharded_fused_linear needs a mesh of Auto axes: "
+            "jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))"
+        )
 
 
 def _check_divides(name: str, size: int, shards: int) -> None:
@@ -351,9 +365,11 @@ def _check_shapes(order: str, hidden_ND: jax.Array, unembedding: jax.Array, rows
             f"hidden and unembedding must be [N, D] and [{', '.join(order.upper())}], "
             f"got {hidden_ND.shape} and {unembedding.shape}"
         )
+    if not hidden_ND.shape[0]:
+        raise ValueError(f"hidden {hidden_ND.shape} has no tokens")
     if hidden_ND.shape[1] != unembedding.shape[order.index("d")]:
         raise ValueError(f"hidden {hidden_ND.shape} does not fit unembedding {unembedding.shape}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(rows):
-        if leaf.shape[:1] != hidden_ND.shape[:1]:
+        if jnp.shape(leaf)[:1] != hidden_ND.shape[:1]:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(f"{name} {leaf.shape} does not fit {hidden_ND.shape[0]} tokens")
+            raise ValueError(f"{name} {jnp.shape(leaf)} does not fit {hidden_ND.shape[0]} tokens")

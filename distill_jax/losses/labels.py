@@ -21,7 +21,8 @@ def cross_entropy(
     Args:
       student_logits: [..., V].
       labels: int [...]. A label outside [0, V) makes its own token's loss NaN, and nothing else's:
-        leave such tokens out in the reduction.
+        leave such tokens out in the reduction. Infinite where the label's logit is -inf, or with
+        smoothing any logit.
       z_loss: weight of (log Z)^2.
       label_smoothing: share of the target that is spread evenly over the vocabulary, in [0, 1).
 

@@ -121,7 +121,8 @@ def weighted_sum(**named: tuple[float | Schedule, Objective]) -> Objective:
         terms = {}
         for name, (weight, part) in named.items():
             loss_N, parts = part(logits_NV, targets, step=step)
-            total = total + _at_step(weight, step, name) * loss_N
+            if not (isinstance(weight, int | float) and weight == 0):  # 0 times infinity is NaN
+                total = total + _at_step(weight, step, name) * loss_N
             terms[name] = loss_N
             terms.update({f"{name}/{inner}": term_N for inner, term_N in parts.items()})
         return total, terms

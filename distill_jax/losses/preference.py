@@ -163,7 +163,10 @@ def _rewards(
     if (chosen[2] is None) != (rejected[2] is None):
         raise ValueError("pass both chosen_length_B and rejected_length_B, or neither")
     _check_same_shape(*(array for array in (*chosen, *rejected) if array is not None))
-    chosen_reward, rejected_reward = beta * _log_ratio(*chosen), beta * _log_ratio(*rejected)
+    chosen_reward, rejected_reward = (
+        beta * _log_ratio(*chosen),
+        beta * _log_ratio(*rejected),
+    )
     margin = chosen_reward - rejected_reward
     terms = {
         "chosen_reward": chosen_reward,

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("loss", "weight", "terms"), meta_fields=()
+    jax.tree_util.register_dataclass,
+    data_fields=("loss", "weight", "terms"),
+    meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
 class Totals:
@@ -72,5 +74,7 @@ def reduce(
 
     terms = jax.lax.stop_gradient(dict(terms))
     return Totals(
-        total(loss_N), jnp.sum(where), {name: total(values) for name, values in terms.items()}
+        total(loss_N),
+        jnp.sum(where),
+        {name: total(values) for name, values in terms.items()},
     )

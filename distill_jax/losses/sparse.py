@@ -22,33 +22,30 @@ def pick(logits: jax.Array, ids: jax.Array, exclude: bool = False) -> tuple[jax.
     Returns:
       picked [..., K], log_sum [...].
     """
-    picked, _, log_sum, _ = _pick(logits, ids, exclude)
-    return picked, log_sum
-
-
-def _pick(logits: jax.Array, ids: jax.Array, exclude: bool):
-    vocabulary = logits.shape[-1]
-    ids = jnp.where(ids < 0, vocabulary, ids)  # negative ids would count from the end
-    picked = jnp.take_along_axis(logits, ids, axis=-1, mode="fill", fill_value=jnp.nan)
-    summed = _at(logits, ids, "set", jnp.full_like(picked, -jnp.inf)) if exclude else logits
-    return picked, summed, jax.nn.logsumexp(summed, axis=-1), ids
+    return _pick_forward(logits, ids, exclude)[0]
 
 
 def _pick_forward(logits: jax.Array, ids: jax.Array, exclude: bool):
-    picked, summed, log_sum, ids = _pick(logits, ids, exclude)
+    vocabulary = logits.shape[-1]
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"ids and labels must be integers, got {ids.dtype}")
+    ids = jnp.asarray(ids, jnp.int32)  # narrower ones could not hold the size of the vocabulary
+    ids = jnp.where(ids < 0, vocabulary, ids)  # negative ids would count from the end
+    picked = jnp.take_along_axis(logits, ids, axis=-1, mode="fill", fill_value=jnp.nan)
+    summed = _at(logits, ids, "set", jnp.full_like(picked, -jnp.inf)) if exclude else logits
+    # Relative to the largest, since a log-sum-exp of -1e4 has no digits left for what it sums.
     largest = jnp.max(summed, axis=-1)
-    return (picked, log_sum), (summed, largest, log_sum, ids)
+    empty = jnp.isneginf(largest)  # nothing is summed
+    exps = jnp.exp(summed - jnp.where(empty, 0.0, largest)[..., None])
+    total = jnp.sum(exps, axis=-1)
+    return (picked, jnp.log(total) + largest), (exps, jnp.where(empty, 1.0, total), ids)
 
 
 def _pick_backward(exclude: bool, residuals, cotangents):
     del exclude
-    summed, largest, log_sum, ids = residuals
+    exps, total, ids = residuals
     picked_bar, log_sum_bar = cotangents
-    empty = jnp.isneginf(log_sum)  # nothing was summed: no weight at all
-    # Relative to the largest, since a log-sum-exp of -1e4 has no digits left for what it sums.
-    scale = log_sum_bar * jnp.exp(jnp.where(empty, 0.0, largest - log_sum))
-    logits_bar = jnp.exp(summed - jnp.where(empty, 0.0, largest)[..., None]) * scale[..., None]
-    return _at(logits_bar, ids, "add", picked_bar), None
+    return _at(exps * (log_sum_bar / total)[..., None], ids, "add", picked_bar), None
 
 
 pick.defvjp(_pick_forward, _pick_backward)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import chex
@@ -407,3 +408,27 @@ def test_targets_are_trees_with_their_temperature_as_metadata(logits):
     assert jax.tree.unflatten(structure, leaves).temperature == 2.0
     with pytest.raises(ValueError, match="stored at temperature"):
         jax.jit(losses.forward_kl)(logits[0], targets)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint16])
+def test_ids_of_any_integer_type_are_understood(dtype):
+    rng = np.random.default_rng(6)
+    student = jnp.asarray(rng.normal(size=(3, 300)), jnp.float32)
+    targets = losses.TopKTargets(
+        jnp.asarray([[1, 5, 0]] * 3),
+        jnp.log(jnp.asarray([[0.5, 0.2, 0.0]] * 3)),
+        jnp.log(jnp.full(3, 0.3)),
+    )
+    narrow = dataclasses.replace(targets, ids=targets.ids.astype(dtype))
+    for function in (losses.forward_kl, losses.reverse_kl):
+        chex.assert_trees_all_equal(
+            value_and_gradient(function, student, narrow),
+            value_and_gradient(function, student, targets),
+        )
+    if jnp.iinfo(dtype).min < 0:
+        labels = jnp.asarray([3, -100, 7], dtype)
+        np.testing.assert_array_equal(
+            jnp.isnan(losses.cross_entropy(student, labels)), [False, True, False]
+        )
+    with pytest.raises(TypeError, match="must be integers, got float32"):
+        losses.cross_entropy(student, jnp.zeros(3))

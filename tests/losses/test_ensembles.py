@@ -379,3 +379,12 @@ def test_fused_head_with_masks_gives_what_whole_logits_give(batch):
     ]
     chex.assert_tree_all_finite(results[0])
     chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_per_token_must_fit():
+    logits = jnp.zeros((3, 5))
+    for shape in ((3, 1), (4,)):
+        with pytest.raises(ValueError, match="do not fit teachers"):
+            losses.mixture([logits, logits], [jnp.full(shape, 0.5)] * 2)
+    with pytest.raises(ValueError, match="1 in sum"):
+        losses.mixture([logits, logits], [np.float32(0.3), np.float32(0.3)])

@@ -374,7 +374,7 @@ def test_masked_tokens_may_hold_nan_and_get_no_gradient():
         mean_and_gradients(fused, OBJECTIVES["dense"], arrays)[0],
     )
     _, slopes = mean_and_gradients(
-        fused, OBJECTIVES["dense"], (hidden, unembedding, spoilt, where, step)
+        fused, OBJECTIVES["dense"], (spoil(hidden), unembedding, spoilt, where, step)
     )
     _, expected = mean_and_gradients(fused, OBJECTIVES["dense"], arrays)
     chex.assert_trees_all_equal(slopes, expected)
@@ -406,5 +406,7 @@ def test_what_does_not_fit_is_refused():
         losses.fused_linear(hard, hidden[None], unembedding, targets)
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         losses.fused_linear(hard, hidden, unembedding, targets, chunk=-1)
+    with pytest.raises(ValueError, match="has no tokens"):
+        losses.fused_linear(hard, hidden[:0], unembedding, {"labels": targets["labels"][:0]})
     with pytest.raises(ValueError, match="pass step"):
         losses.fused_linear(OBJECTIVES["sum"], hidden, unembedding, targets)

@@ -204,3 +204,14 @@ def test_missing_targets_are_named(batch):
         losses.hard_labels()(student, {})
     with pytest.raises(ValueError, match="at least one"):
         losses.weighted_sum()
+
+
+def test_a_weight_of_zero_adds_nothing_not_even_nan(batch):
+    student, targets = batch
+    ruled_out = student.at[jnp.arange(N), targets["labels"]].set(-jnp.inf)
+    objective = losses.weighted_sum(
+        hard=(0, losses.hard_labels()), soft=(1.0, losses.distill("8b", losses.forward_kl))
+    )
+    loss, terms = objective(ruled_out, targets)
+    assert bool(jnp.all(jnp.isinf(terms["hard"])))
+    chex.assert_trees_all_equal(loss, losses.forward_kl(ruled_out, targets["8b"]))

@@ -186,6 +186,20 @@ def test_what_does_not_fit_is_refused():
         head(vocabulary="model")
     with pytest.raises(ValueError, match="embed must be among tokens"):
         head(tokens=("data",))
+    with pytest.raises(ValueError, match="vocabulary must not"):
+        head(vocabulary="data")
+    explicit = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with pytest.raises(ValueError, match="a mesh of Auto axes"):
+        losses.sharded_fused_linear(
+            losses.hard_labels(),
+            hidden,
+            unembedding,
+            targets,
+            mesh=explicit,
+            tokens="data",
+            embed=None,
+            vocabulary=None,
+        )
     with pytest.raises(ValueError, match="tokens: 47 do not divide over 4 devices"):
         head(hidden[1:], targets={"labels": targets["labels"][1:]})
     with pytest.raises(ValueError, match="embed: 5 do not divide over 2 devices"):
