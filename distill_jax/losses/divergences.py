@@ -46,7 +46,7 @@ def forward_kl(
     """
     _check(student_logits, teacher, temperature)
     if isinstance(teacher, SampledTargets):
-        return temperature**2 * _sampled_kl(_soften(student_logits, temperature), teacher)
+        return temperature**2 * _sampled_kl(sparse.soften(student_logits, temperature), teacher)
     log_p, log_q = _outcomes(student_logits, teacher, temperature, "forward_kl")
     return temperature**2 * _kl(log_p, jnp.where(jnp.isneginf(log_q), LOG_FLOOR, log_q))
 
@@ -292,9 +292,9 @@ def _outcomes(
             f"{divergence} cannot be estimated from SampledTargets, because it is not linear in "
             "the teacher's probabilities: use forward_kl, or store TopKTargets or logits"
         )
-    student = _soften(student_logits, temperature)
+    student = sparse.soften(student_logits, temperature)
     if not isinstance(teacher, TopKTargets):
-        softened = jax.lax.stop_gradient(_soften(teacher, temperature))
+        softened = jax.lax.stop_gradient(sparse.soften(teacher, temperature))
         return _log_normalised(softened), _log_normalised(student)
     log_probs = jax.lax.stop_gradient(jnp.asarray(teacher.log_probs, jnp.float32))
     log_tail = jax.lax.stop_gradient(jnp.asarray(teacher.log_tail, jnp.float32))
@@ -307,15 +307,8 @@ def _outcomes(
     return log_p, jax.nn.log_softmax(jnp.concatenate([picked, log_rest[..., None]], axis=-1))
 
 
-def _soften(logits: jax.Array, temperature: float) -> jax.Array:
-    """(logits - max) / T in float32: in this order logits of 1e4 keep the digits that matter."""
-    logits = jnp.asarray(logits, jnp.float32)
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    return (logits - largest) / temperature
-
-
 def _log_normalised(softened: jax.Array) -> jax.Array:
-    """log softmax of what `_soften` gives, whose largest is 0."""
+    """log softmax of what `sparse.soften` gives, whose largest is 0."""
     return softened - jnp.log(jnp.sum(jnp.exp(softened), axis=-1, keepdims=True))
 
 

@@ -189,9 +189,8 @@ def label_confidence(name: str, *, temperature: float = 1.0) -> TokenWeight:
             )
             hit_NK = teacher.ids == labels_N[..., None]
             return jnp.sum(jnp.where(hit_NK, jnp.asarray(p_NK, jnp.float32), 0.0), axis=-1)
-        logits_NV = jnp.asarray(teacher, jnp.float32) / temperature
-        picked, log_z_N = sparse.pick(logits_NV, labels_N[..., None])
-        known_N = (labels_N >= 0) & (labels_N < logits_NV.shape[-1])
+        picked, log_z_N = sparse.pick(sparse.soften(teacher, temperature), labels_N[..., None])
+        known_N = (labels_N >= 0) & (labels_N < teacher.shape[-1])
         return jnp.where(known_N, jnp.exp(picked[..., 0] - log_z_N), 0.0)
 
     return confidence

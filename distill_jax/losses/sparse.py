@@ -6,6 +6,13 @@ import jax
 import jax.numpy as jnp
 
 
+def soften(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
+    """(logits - max) / T in float32: in this order logits of 1e4 keep the digits that matter."""
+    logits = jnp.asarray(logits, jnp.float32)
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return (logits - largest) / temperature
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def pick(logits: jax.Array, ids: jax.Array, exclude: bool = False) -> tuple[jax.Array, jax.Array]:
     """Takes the logits at some ids, and the log-sum-exp of all logits or of the other ones.
@@ -15,7 +22,8 @@ def pick(logits: jax.Array, ids: jax.Array, exclude: bool = False) -> tuple[jax.
     and one scatter of K values; that of `take_along_axis` makes a zero array, scatters and adds.
 
     Args:
-      logits: float32 [..., V].
+      logits: float32 [..., V], whose largest is 0, as `soften` gives them: nothing overflows then,
+        and a difference of the results has the digits that one of two numbers near 1e4 lacks.
       ids: int [..., K]. An id outside [0, V) gives NaN and receives no gradient.
       exclude: whether the log-sum-exp leaves `ids` out (they must be distinct then).
 
@@ -32,11 +40,15 @@ def _pick_forward(logits: jax.Array, ids: jax.Array, exclude: bool):
     ids = jnp.asarray(ids, jnp.int32)  # narrower ones could not hold the size of the vocabulary
     ids = jnp.where(ids < 0, vocabulary, ids)  # negative ids would count from the end
     picked = jnp.take_along_axis(logits, ids, axis=-1, mode="fill", fill_value=jnp.nan)
-    summed = _at(logits, ids, "set", jnp.full_like(picked, -jnp.inf)) if exclude else logits
-    # Relative to the largest, since a log-sum-exp of -1e4 has no digits left for what it sums.
-    largest = jnp.max(summed, axis=-1)
-    empty = jnp.isneginf(largest)  # nothing is summed
-    exps = jnp.exp(summed - jnp.where(empty, 0.0, largest)[..., None])
+    if not exclude:
+        exps = jnp.exp(logits)
+        total = jnp.sum(exps, axis=-1)
+        return (picked, jnp.log(total)), (exps, total, ids)
+    others = _at(logits, ids, "set", jnp.full_like(picked, -jnp.inf))
+    # Relative to their own largest, which may be far below 0.
+    largest = jnp.max(others, axis=-1)
+    empty = jnp.isneginf(largest)  # nothing is left to sum
+    exps = jnp.exp(others - jnp.where(empty, 0.0, largest)[..., None])
     total = jnp.sum(exps, axis=-1)
     return (picked, jnp.log(total) + largest), (exps, jnp.where(empty, 1.0, total), ids)
 
