@@ -106,6 +106,18 @@ def test_one_device_and_eight_agree(tmp_path, vocabulary):
     assert first[0] == pytest.approx(first[1], rel=1e-6)
 
 
+def test_the_head_is_split_over_a_mesh():
+    params = models.init_params(CONFIG, jax.random.key(0))
+    batch = next(batches())
+
+    def traced(mesh):
+        loss_fn = language_model_loss(CONFIG, losses.hard_labels(), mesh=mesh)
+        return str(jax.make_jaxpr(loss_fn)(params, batch, 0))
+
+    assert "shard_map" in traced(parallel.make_mesh())
+    assert "shard_map" not in traced(None)
+
+
 def test_the_given_model_is_left_as_it_was(tmp_path):
     model = models.Model(CONFIG, models.init_params(CONFIG, jax.random.key(0)))
     before = jax.tree.map(np.array, model.params)
