@@ -177,7 +177,10 @@ def label_confidence(name: str, *, temperature: float = 1.0) -> TokenWeight:
 
     Args:
       name: the teacher's name; targets["labels"] is needed too.
-      temperature: of the softmax; stored targets of another temperature are refused.
+      temperature: of the softmax.
+
+    Raises (when it is called):
+      ValueError: no such targets, or stored at another temperature.
     """
 
     def confidence(targets):
@@ -206,10 +209,11 @@ def agreement(first: str, second: str, *, temperature: float = 1.0) -> TokenWeig
     Args:
       first: a teacher's name.
       second: another one's.
-      temperature: of both teachers; stored targets of another temperature are refused.
+      temperature: of both teachers.
 
-    Raises:
-      TypeError: when it is called with `SampledTargets`.
+    Raises (when it is called):
+      TypeError: `SampledTargets`.
+      ValueError: no such targets, or stored at another temperature.
     """
 
     def agree(targets):

@@ -67,6 +67,9 @@ def distill(
         be given. A schedule needs the teacher's logits: stored targets are of one temperature, and
         are refused with a ValueError whatever the schedule gives.
       **kwargs: passed too.
+
+    Raises (when it is called):
+      ValueError: no such teacher, or a schedule without a step; and what the divergence raises.
     """
 
     def objective(logits_NV, targets, *, step=None):
@@ -86,6 +89,10 @@ def taid(
       name: the teacher's name; its targets must be logits.
       fraction: t of `interpolate_logits`, a number or a schedule of the step.
       temperature: of the forward KL, a number or a schedule of the step.
+
+    Raises (when it is called):
+      TypeError: stored targets.
+      ValueError: no such teacher, or a schedule without a step.
     """
 
     def objective(logits_NV, targets, *, step=None):
@@ -111,7 +118,7 @@ def weighted_sum(**named: tuple[float | Schedule, Objective]) -> Objective:
         must then be given.
 
     Raises:
-      ValueError: nothing to sum.
+      ValueError: nothing to sum; when it is called, a schedule without a step.
     """
     if not named:
         raise ValueError("weighted_sum needs at least one name=(weight, objective)")

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.losses import divergences, labels, objectives
-from distill_jax.losses.reduction import reduce
+from distill_jax.losses.reduction import check_same_shape, reduce
 from distill_jax.losses.targets import Teacher
 
 _MAX_LOG_RATIO = 80.0  # exp of it is finite in float32; only a mismatch of models goes beyond
@@ -88,7 +88,7 @@ def mix_log_probs(
     """
     if not 0.0 <= teacher_share < 1.0:
         raise ValueError(f"teacher_share must be in [0, 1), got {teacher_share}")
-    _check_same_shape(student=student_log_probs, teacher=teacher_log_probs)
+    check_same_shape(student=student_log_probs, teacher=teacher_log_probs)
     student = jnp.asarray(student_log_probs, jnp.float32)
     teacher = jnp.asarray(teacher_log_probs, jnp.float32)
     mixed = student
@@ -122,7 +122,7 @@ def importance_weights(
     Returns:
       float32 [B, T] without gradient, 0 outside completions; all 1 inside if the student sampled.
     """
-    _check_same_shape(student=student_log_probs_BT, sampler=sampler_log_probs_BT, where=where_BT)
+    check_same_shape(student=student_log_probs_BT, sampler=sampler_log_probs_BT, where=where_BT)
     counts = where_BT != 0
     log_weights = jnp.where(
         counts,
@@ -153,7 +153,7 @@ def returns_to_go(
     Returns:
       float32 [B, T], 0 for a completion's last token and outside completions.
     """
-    _check_same_shape(rewards=rewards_BT, where=where_BT)
+    check_same_shape(rewards=rewards_BT, where=where_BT)
     counts = where_BT != 0
 
     def after(values_BT: jax.Array) -> jax.Array:
@@ -213,7 +213,7 @@ def minillm_advantages(
     """
     if not reward_clip > 0:
         raise ValueError(f"reward_clip must be above 0, got {reward_clip}")
-    _check_same_shape(student=student_log_probs_BT, teacher=teacher_log_probs_BT, where=where_BT)
+    check_same_shape(student=student_log_probs_BT, teacher=teacher_log_probs_BT, where=where_BT)
     rewards = jnp.asarray(teacher_log_probs_BT, jnp.float32) - jnp.asarray(
         student_log_probs_BT, jnp.float32
     )
@@ -248,7 +248,7 @@ def clipped_surrogate(
     """
     if not clip > 0:
         raise ValueError(f"clip must be above 0, got {clip}")
-    _check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
+    check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
     advantages, old_log_probs = jax.lax.stop_gradient(
         (jnp.asarray(advantages, jnp.float32), jnp.asarray(old_log_probs, jnp.float32))
     )
@@ -281,11 +281,12 @@ def minillm(name: str, *, clip: float = 0.2) -> objectives.Objective:
 
     def objective(logits_NV, targets, *, step=None):
         del step
-        old_N, advantages_N, weights_N = _rollout(logits_NV, targets, name)
+        teacher, labels_N = objectives.lookup(targets, name), objectives.lookup(targets, "labels")
+        old_N, advantages_N, weights_N = _rollout(logits_NV, targets)
         # Cut off before anything is computed: further on, no gradient times NaN would be NaN.
         logits_NV = jnp.where((weights_N > 0)[..., None], logits_NV, 0.0)
-        log_probs_N = labels.token_log_probs(logits_NV, targets["labels"])
-        single_N = divergences.reverse_kl(logits_NV, targets[name])
+        log_probs_N = labels.token_log_probs(logits_NV, labels_N)
+        single_N = divergences.reverse_kl(logits_NV, teacher)
         long_N, terms = clipped_surrogate(log_probs_N, old_N, advantages_N, clip=clip)
         return weights_N * (single_N + long_N), {"single_step": single_N, **terms}
 
@@ -293,19 +294,12 @@ def minillm(name: str, *, clip: float = 0.2) -> objectives.Objective:
 
 
 def _rollout(
-    logits_NV: jax.Array, targets: Mapping[str, Any], name: str
+    logits_NV: jax.Array, targets: Mapping[str, Any]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    for key in ("labels", "old_log_probs", "advantages", "weights", name):
-        if key not in targets:
-            raise ValueError(f"minillm needs targets {key!r}; there are {sorted(targets)}")
-    found = {key: targets[key] for key in ("old_log_probs", "advantages", "weights")}
+    found = {
+        key: objectives.lookup(targets, key) for key in ("old_log_probs", "advantages", "weights")
+    }
     for key, values in found.items():
         if values.shape != logits_NV.shape[:-1]:
             raise ValueError(f"{key} {values.shape} does not fit logits {logits_NV.shape}")
     return tuple(jax.lax.stop_gradient(list(found.values())))
-
-
-def _check_same_shape(**named: jax.Array) -> None:
-    if len({array.shape for array in named.values()}) != 1:
-        shapes = ", ".join(f"{name} {array.shape}" for name, array in named.items())
-        raise ValueError(f"shapes differ: {shapes}")

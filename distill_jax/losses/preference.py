@@ -14,6 +14,8 @@ parameters out of range.
 import jax
 import jax.numpy as jnp
 
+from distill_jax.losses.reduction import check_same_shape
+
 
 def sum_log_probs(
     token_log_probs_BT: jax.Array, where_BT: jax.Array
@@ -55,7 +57,7 @@ def sequence_nll(log_prob_B: jax.Array, length_B: jax.Array) -> jax.Array:
     Returns:
       float32 [B].
     """
-    _check_same_shape(log_prob_B, length_B)
+    check_same_shape(log_prob_B=log_prob_B, length_B=length_B)
     return -_per_token(jnp.asarray(log_prob_B, jnp.float32), length_B)
 
 
@@ -162,11 +164,15 @@ def _rewards(
         raise ValueError(f"beta must be above 0, got {beta}")
     if (chosen[2] is None) != (rejected[2] is None):
         raise ValueError("pass both chosen_length_B and rejected_length_B, or neither")
-    _check_same_shape(*(array for array in (*chosen, *rejected) if array is not None))
-    chosen_reward, rejected_reward = (
-        beta * _log_ratio(*chosen),
-        beta * _log_ratio(*rejected),
+    check_same_shape(
+        policy_chosen=chosen[0],
+        reference_chosen=chosen[1],
+        chosen_length=chosen[2],
+        policy_rejected=rejected[0],
+        reference_rejected=rejected[1],
+        rejected_length=rejected[2],
     )
+    chosen_reward, rejected_reward = beta * _log_ratio(*chosen), beta * _log_ratio(*rejected)
     margin = chosen_reward - rejected_reward
     terms = {
         "chosen_reward": chosen_reward,
@@ -186,12 +192,6 @@ def _log_ratio(policy: jax.Array, reference: jax.Array, length: jax.Array | None
 def _per_token(values_B: jax.Array, length_B: jax.Array) -> jax.Array:
     # An answer without tokens, such as a row that fills up a batch, must not become 0 / 0.
     return values_B / jnp.maximum(length_B, 1)
-
-
-def _check_same_shape(*arrays: jax.Array) -> None:
-    shapes = {array.shape for array in arrays}
-    if len(shapes) != 1:
-        raise ValueError(f"log-probabilities and lengths differ in shape: {sorted(shapes)}")
 
 
 def _check_smoothing(label_smoothing: float) -> None:

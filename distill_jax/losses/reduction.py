@@ -46,6 +46,14 @@ class Totals:
         return self.loss / weight, {name: term / weight for name, term in self.terms.items()}
 
 
+def check_same_shape(**named: jax.Array | None) -> None:
+    """Raises ValueError unless all arrays that are there have one shape."""
+    shapes = {name: array.shape for name, array in named.items() if array is not None}
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{listed} differ in shape")
+
+
 def reduce(
     loss_N: jax.Array, terms: Mapping[str, jax.Array], where: jax.Array | None = None
 ) -> Totals:
