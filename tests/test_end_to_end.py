@@ -122,9 +122,10 @@ def test_any_divergence_trains_by_one_line(whole, divergence):
     lines = read_metrics(place / "metrics.jsonl")
     store = "samples" if divergence == "forward_kl" else "top_k"
     assert run.recipe.store("large") == run.recipe.store("small") == store
-    # Both terms are there, and training lowers what it minimises, beyond what batches differ by.
     assert lines[0]["large"] > 0 < lines[0]["small"]
-    assert np.mean([line["loss"] for line in lines[-6:]]) < lines[0]["loss"]
+    # Six steps see every row once, so these means are of the same rows.
+    first, *_, last = np.reshape([line["loss"] for line in lines], (4, 6)).mean(axis=1)
+    assert last < first - 0.01
 
 
 def test_a_second_run_does_nothing_and_another_recipe_is_refused(whole, capsys):
