@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from distill_jax.losses import lookups
 from distill_jax.losses.objectives import Objective
 from distill_jax.losses.reduction import Totals, reduce
 
@@ -73,24 +74,37 @@ class Chunks:
 
 def totals(objective: Objective, logits_NV: jax.Array, rows: Any, step: Any) -> Totals:
     """The reduced objective of some tokens."""
-    where_N = rows["where"]
-    # Cut off here, because 0 * NaN would reach the gradient.
-    logits_NV = jnp.where(where_N[:, None] == 0, 0.0, logits_NV)
-    return reduce(*objective(logits_NV, rows["targets"], step=step), where_N)
+    return reduce(*objective(logits_NV, rows["targets"], step=step), rows["where"])
 
 
 def totals_and_gradient(
-    objective: Objective, logits_NV: jax.Array, chunks: Chunks, index: jax.Array, step: Any
+    objective: Objective,
+    logits_NV: jax.Array,
+    chunks: Chunks,
+    index: jax.Array,
+    step: Any,
+    *,
+    dtype: Any,
+    split: bool,
 ) -> tuple[Totals, jax.Array]:
-    """The reduced objective of chunk `index`, and the gradient of its loss by its logits."""
+    """The reduced objective of chunk `index`, and the gradient of its loss by its logits.
+
+    Args:
+      objective: the objective.
+      logits_NV: the chunk's logits.
+      chunks: all chunks.
+      index: which of them.
+      step: the training step.
+      dtype: of the gradient.
+      split: whether the vocabulary is split over devices.
+    """
 
     def of_rows(logits_NV, rows):
         def loss(logits_NV):
             result = totals(objective, logits_NV, rows, step)
             return result.loss, result
 
-        gradient_NV, result = jax.grad(loss, has_aux=True)(logits_NV)
-        return result, gradient_NV
+        return lookups.result_and_gradient(loss, logits_NV, rows["where"], dtype, split=split)
 
     def at_once(logits_NV, index):
         return of_rows(logits_NV, chunks.take(index)[1])

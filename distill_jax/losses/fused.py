@@ -188,16 +188,18 @@ def _fused_forward(objective, layout, hidden_ND, unembedding, rows, step):
     unembedding = _gather(layout, unembedding, dtypes[0])
     hidden_ND, unembedding = _same_dtype(hidden_ND, unembedding)
     chunks = walk.Chunks((hidden_ND, rows), layout.chunk)
+    split = layout.vocabulary is not None
 
     def body(unembedding_bar, index):
         chunk_ND, chunk_rows = chunks.take(index)
         # 0 * NaN would reach the unembedding's gradient.
         chunk_ND = jnp.where(chunk_rows["where"][:, None] == 0, 0, chunk_ND)
         logits_NV = walk.matmul(f"nd,{layout.order}->nv", chunk_ND, unembedding)
-        totals, bar_NV = walk.totals_and_gradient(objective, logits_NV, chunks, index, step)
-        bar_NV = bar_NV.astype(chunk_ND.dtype)
+        totals, bar_NV = walk.totals_and_gradient(
+            objective, logits_NV, chunks, index, step, dtype=chunk_ND.dtype, split=split
+        )
         unembedding_bar = walk.add_product(
-            unembedding_bar, chunk_ND, bar_NV, order=layout.order, tiled=layout.vocabulary is None
+            unembedding_bar, chunk_ND, bar_NV, order=layout.order, tiled=not split
         )
         chunk_bar_ND = walk.matmul(f"nv,{layout.order}->nd", bar_NV, unembedding).astype(dtypes[0])
         return unembedding_bar, (totals, chunk_bar_ND)

@@ -40,8 +40,7 @@ def cross_entropy(
         uniform = log_z - jnp.mean(softened, axis=-1)
         loss = (1.0 - label_smoothing) * loss + label_smoothing * uniform
     if z_loss:
-        largest = jax.lax.stop_gradient(jnp.max(student_logits, axis=-1))
-        loss = loss + z_loss * jnp.square(log_z + jnp.asarray(largest, jnp.float32))
+        loss = loss + z_loss * jnp.square(log_z + sparse.largest(student_logits))
     return loss
 
 
