@@ -116,6 +116,9 @@ def distill_mixture(
       temperature: a number, or for logits a schedule of the step.
       **kwargs: passed to the divergence.
 
+    Returns:
+      An objective without terms.
+
     Raises:
       ValueError: numbers that are negative or not 1 in sum, or numbers beside functions.
     """
@@ -179,6 +182,9 @@ def label_confidence(name: str, *, temperature: float = 1.0) -> TokenWeight:
       name: the teacher's name; targets["labels"] is needed too.
       temperature: of the softmax.
 
+    Returns:
+      A function of the targets that gives float32 [N].
+
     Raises (when it is called):
       ValueError: no such targets, or stored at another temperature.
     """
@@ -211,6 +217,9 @@ def agreement(first: str, second: str, *, temperature: float = 1.0) -> TokenWeig
       second: another one's.
       temperature: of both teachers.
 
+    Returns:
+      A function of the targets that gives float32 [N], in [0, 1].
+
     Raises (when it is called):
       TypeError: `SampledTargets`.
       ValueError: no such targets, or stored at another temperature.
@@ -238,7 +247,7 @@ def agreement(first: str, second: str, *, temperature: float = 1.0) -> TokenWeig
 
 
 def disagreement(first: str, second: str, *, temperature: float = 1.0) -> TokenWeight:
-    """JSD(p_1, p_2) / log 2, that is 1 - `agreement`."""
+    """JSD(p_1, p_2) / log 2, that is 1 - `agreement`, with its arguments, result and errors."""
     agree = agreement(first, second, temperature=temperature)
     return lambda targets: 1.0 - agree(targets)
 

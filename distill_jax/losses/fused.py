@@ -37,6 +37,12 @@ def fused_linear(
     the backward pass (as in Liger Kernel, Hsu et al. 2024); without it none are computed. The
     unembedding's gradient adds up in float32 whatever the inputs are.
 
+    An objective that reads logits only through this package, against labels and stored targets,
+    costs little more than cross-entropy, however many teachers there are: all that it looks up
+    comes from one array of logits, and its gradient is one pass over them. An objective that needs
+    more of them (a teacher's logits, label smoothing, anything of your own) is differentiated as
+    usual.
+
     Only `hidden_ND` and `unembedding` receive gradients, and only from `Totals.loss`. The
     derivative is the first, in reverse mode. Do not close the objective over a traced array: pass
     it in `targets`, or as `step`, which a schedule reads.

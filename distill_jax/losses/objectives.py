@@ -32,9 +32,17 @@ class Objective(Protocol):
 
 
 def hard_labels(*, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objective:
-    """Cross-entropy with targets["labels"]; see `cross_entropy`.
+    """Cross-entropy with targets["labels"]; see `cross_entropy` for formula and sources.
 
-    With a z-loss or smoothing, the plain cross-entropy is reported as the term "cross_entropy".
+    Args:
+      z_loss: weight of (log Z)^2.
+      label_smoothing: share of the target that is spread evenly, in [0, 1).
+
+    Returns:
+      An objective. With a z-loss or smoothing, its term "cross_entropy" is the plain one.
+
+    Raises (when it is called):
+      ValueError: no labels, or what `cross_entropy` raises.
     """
 
     def objective(logits_NV, targets, *, step=None):
@@ -68,6 +76,9 @@ def distill(
         are refused with a ValueError whatever the schedule gives.
       **kwargs: passed too.
 
+    Returns:
+      An objective without terms.
+
     Raises (when it is called):
       ValueError: no such teacher, or a schedule without a step; and what the divergence raises.
     """
@@ -90,6 +101,9 @@ def taid(
       fraction: t of `interpolate_logits`, a number or a schedule of the step.
       temperature: of the forward KL, a number or a schedule of the step.
 
+    Returns:
+      An objective without terms.
+
     Raises (when it is called):
       TypeError: stored targets.
       ValueError: no such teacher, or a schedule without a step.
@@ -110,12 +124,13 @@ def taid(
 def weighted_sum(**named: tuple[float | Schedule, Objective]) -> Objective:
     """Sum of weight * objective.
 
-    Terms are each objective's own loss, unweighted, under its name, and its terms under
-    "name/term".
-
     Args:
       **named: pairs (weight, objective). A weight is a number or a schedule of the step, which
         must then be given.
+
+    Returns:
+      An objective. Its terms are each one's own loss, unweighted, under its name, and the terms of
+      that under "name/term".
 
     Raises:
       ValueError: nothing to sum; when it is called, a schedule without a step.
@@ -143,15 +158,16 @@ def token_weighted(objective: Objective, weight: TokenWeight) -> Objective:
     The mean still divides by the number of tokens, not by the sum of these weights: weights below 1
     make the whole loss smaller.
 
-    Terms are "token_weight", the objective's own loss without the weight as "unweighted", and its
-    terms, without it too, under "unweighted/term".
-
     Args:
       objective: what to weight.
       weight: any function of the targets, such as `label_confidence` or `agreement` give. It must
         treat tokens independently.
 
-    Raises:
+    Returns:
+      An objective. Its terms are "token_weight", the loss without the weight as "unweighted", and
+      the terms of that under "unweighted/term".
+
+    Raises (when it is called):
       ValueError: the weights are not one number per token.
     """
 
