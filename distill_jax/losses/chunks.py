@@ -85,7 +85,7 @@ def totals_and_gradient(
     step: Any,
     *,
     dtype: Any,
-    split: bool,
+    local: bool,
 ) -> tuple[Totals, jax.Array]:
     """The reduced objective of chunk `index`, and the gradient of its loss by its logits.
 
@@ -96,7 +96,7 @@ def totals_and_gradient(
       index: which of them.
       step: the training step.
       dtype: of the gradient.
-      split: whether the vocabulary is split over devices.
+      local: whether the chunk is known to lie on one device.
     """
 
     def of_rows(logits_NV, rows):
@@ -104,7 +104,7 @@ def totals_and_gradient(
             result = totals(objective, logits_NV, rows, step)
             return result.loss, result
 
-        return lookups.result_and_gradient(loss, logits_NV, rows["where"], dtype, split=split)
+        return lookups.result_and_gradient(loss, logits_NV, rows["where"], dtype, local=local)
 
     def at_once(logits_NV, index):
         return of_rows(logits_NV, chunks.take(index)[1])

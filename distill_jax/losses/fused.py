@@ -38,10 +38,10 @@ def fused_linear(
     unembedding's gradient adds up in float32 whatever the inputs are.
 
     An objective that reads logits only through this package, against labels and stored targets,
-    costs little more than cross-entropy, however many teachers there are: all that it looks up
-    comes from one array of logits, and its gradient is one pass over them. An objective that needs
-    more of them (a teacher's logits, label smoothing, anything of your own) is differentiated as
-    usual.
+    costs little more than cross-entropy with several teachers, too: all U ids that it looks up for
+    a token come from one array of logits, and its gradient is one pass over them. One that needs
+    more of the logits (for a teacher's logits, label smoothing, something of its own), looks ids up
+    within `jax.jit`, `jax.lax.scan` and the like, or has U^2 > V is differentiated as usual.
 
     Only `hidden_ND` and `unembedding` receive gradients, and only from `Totals.loss`. The
     derivative is the first, in reverse mode. Do not close the objective over a traced array: pass
@@ -54,7 +54,7 @@ def fused_linear(
 
     Args:
       objective: any `Objective`. It is called with some of the tokens at a time, so it must treat
-        tokens independently.
+        tokens independently, and called several times, so it must be pure.
       hidden_ND: [N, D].
       unembedding: [D, V]. Products are taken in the wider dtype of both.
       targets: the objective's targets; every array in them has N as its leading axis.
@@ -194,7 +194,8 @@ def _fused_forward(objective, layout, hidden_ND, unembedding, rows, step):
     unembedding = _gather(layout, unembedding, dtypes[0])
     hidden_ND, unembedding = _same_dtype(hidden_ND, unembedding)
     chunks = walk.Chunks((hidden_ND, rows), layout.chunk)
-    split = layout.vocabulary is not None
+    # Elsewhere the compiler may have spread the tokens.
+    local = layout.vocabulary is None and bool(_varying(hidden_ND))
 
     def body(unembedding_bar, index):
         chunk_ND, chunk_rows = chunks.take(index)
@@ -202,10 +203,10 @@ def _fused_forward(objective, layout, hidden_ND, unembedding, rows, step):
         chunk_ND = jnp.where(chunk_rows["where"][:, None] == 0, 0, chunk_ND)
         logits_NV = walk.matmul(f"nd,{layout.order}->nv", chunk_ND, unembedding)
         totals, bar_NV = walk.totals_and_gradient(
-            objective, logits_NV, chunks, index, step, dtype=chunk_ND.dtype, split=split
+            objective, logits_NV, chunks, index, step, dtype=chunk_ND.dtype, local=local
         )
         unembedding_bar = walk.add_product(
-            unembedding_bar, chunk_ND, bar_NV, order=layout.order, tiled=not split
+            unembedding_bar, chunk_ND, bar_NV, order=layout.order, tiled=layout.vocabulary is None
         )
         chunk_bar_ND = walk.matmul(f"nv,{layout.order}->nd", bar_NV, unembedding).astype(dtypes[0])
         return unembedding_bar, (totals, chunk_bar_ND)

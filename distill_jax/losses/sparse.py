@@ -1,10 +1,8 @@
 """Logits at a few ids beside a log-sum-exp over the vocabulary: the core of every sparse loss."""
 
-import copy
-import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +21,7 @@ def largest(logits: Logits) -> jax.Array:
 def soften(logits: Logits, temperature: float | jax.Array = 1.0) -> Logits:
     """(logits - max) / T in float32: in this order logits of 1e4 keep the digits that matter."""
     if isinstance(logits, Lookups):
-        return logits.at_temperature(temperature)
+        return logits.soften(temperature)
     return (jnp.asarray(logits, jnp.float32) - largest(logits)[..., None]) / temperature
 
 
@@ -59,9 +57,17 @@ def _pick(logits, ids, exclude):
 
 def _pick_forward(logits: jax.Array, ids: jax.Array, exclude: bool):
     picked = take(logits, ids)
-    others = at(logits, ids, "set", jnp.full_like(picked, -jnp.inf)) if exclude else logits
-    log_sum, exps, total = log_sum_exp(others, largest=None if exclude else 0.0)
-    return (picked, log_sum), (exps, total, ids)
+    if not exclude:
+        exps = jnp.exp(logits)
+        total = jnp.sum(exps, axis=-1)
+        return (picked, jnp.log(total)), (exps, total, ids)
+    others = at(logits, ids, "set", jnp.full_like(picked, -jnp.inf))
+    # Relative to their own largest, which may be far below 0.
+    shift = jnp.max(others, axis=-1)
+    empty = jnp.isneginf(shift)  # nothing is left to sum
+    exps = jnp.exp(others - jnp.where(empty, 0.0, shift)[..., None])
+    total = jnp.sum(exps, axis=-1)
+    return (picked, jnp.log(total) + shift), (exps, jnp.where(empty, 1.0, total), ids)
 
 
 def _pick_backward(exclude: bool, residuals, cotangents):
@@ -98,25 +104,7 @@ def take(logits: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits, ids, axis=-1, mode="fill", fill_value=jnp.nan)
 
 
-def log_sum_exp(
-    logits: jax.Array, largest: float | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """log sum exp [...], with the shifted exps [..., V] and their sum [...] it was made of.
-
-    Args:
-      logits: [..., V]; all may be -inf.
-      largest: the largest of each token's logits, if it is known; their own is found otherwise,
-        which may be far below 0.
-    """
-    shift = jnp.max(logits, axis=-1) if largest is None else jnp.full(logits.shape[:-1], largest)
-    empty = jnp.isneginf(shift)  # nothing is there to sum
-    exps = jnp.exp(logits - jnp.where(empty, 0.0, shift)[..., None])
-    total = jnp.sum(exps, axis=-1)
-    return jnp.log(total) + shift, exps, jnp.where(empty, 1.0, total)
-
-
-@dataclasses.dataclass(frozen=True)
-class Lookup:
+class Lookup(NamedTuple):
     """One call of `pick`.
 
     Attributes:
@@ -126,47 +114,46 @@ class Lookup:
     """
 
     ids: jax.Array
-    temperature: float | jax.Array
+    temperature: float
     exclude: bool
 
 
 class Lookups:
-    """Stands for logits [N, V] in an objective that reads them through `pick`, and keeps its calls.
+    """Stands for logits [N, V] in an objective that softens them and looks ids up, no more.
 
-    It is no array: whatever else an objective wants of the logits raises. `answering` gives one
-    that answers the same calls in the same order with what it is told, to be differentiated by.
-
-    Attributes:
-      logits: float32 [N, V].
-      largest: float32 [N].
-      made: every lookup, in order.
-      shape: [N, V].
-      ndim: 2.
+    Whatever else an objective wants of the logits raises: a stand-in is no array.
     """
 
-    def __init__(self, logits: jax.Array):
-        self.logits, self.largest = logits, largest(logits)
-        self.shape, self.ndim = logits.shape, logits.ndim
-        self.made: list[Lookup] = []
-        self._temperature: float | jax.Array = 1.0
-        self._answers: Iterator[tuple[jax.Array, jax.Array]] | None = None
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        largest: jax.Array,
+        answer: Callable[[Lookup], tuple[jax.Array, jax.Array]],
+        temperature: float | None = None,
+    ):
+        """A stand-in.
 
-    def answering(self, answers: Iterable[tuple[jax.Array, jax.Array]]) -> "Lookups":
-        """The same logits, whose lookups give `answers`."""
-        other = copy.copy(self)
-        other._answers = iter(answers)
-        return other
+        Args:
+          shape: [N, V].
+          largest: the largest logits, float32 [N].
+          answer: what `pick` returns for a lookup.
+          temperature: what the logits are divided by; None: they were not softened.
+        """
+        self.shape, self.ndim, self.largest = shape, len(shape), largest
+        self._answer, self._temperature = answer, temperature
 
-    def at_temperature(self, temperature: float | jax.Array) -> "Lookups":
-        """The same logits, divided by a temperature."""
-        other = copy.copy(self)
-        other._temperature = self._temperature * temperature
-        return other
+    # Python's own answers to these would go unnoticed.
+    __bool__ = __eq__ = __hash__ = None  # type: ignore[assignment]
+
+    def soften(self, temperature: float | jax.Array) -> "Lookups":
+        """As `sparse.soften`."""
+        if isinstance(temperature, jax.Array):
+            raise TypeError("a temperature that is an array may depend on the logits")
+        temperature = (self._temperature or 1.0) * temperature
+        return Lookups(self.shape, self.largest, self._answer, temperature)
 
     def pick(self, ids: jax.Array, exclude: bool) -> tuple[jax.Array, jax.Array]:
         """As `sparse.pick`."""
-        if self._answers is not None:
-            return next(self._answers)
-        self.made.append(Lookup(ids, self._temperature, exclude))
-        # What an objective asks next may depend on it; the compiler drops what does not.
-        return _pick(soften(self.logits, self._temperature), ids, exclude)
+        if self._temperature is None:
+            raise TypeError("logits must be softened before ids are looked up")
+        return self._answer(Lookup(ids, self._temperature, exclude))

@@ -84,7 +84,7 @@ def through(objective, logits, targets, where, dtype=jnp.float32):
         totals = losses.reduce(*objective(logits_NV, targets), where)
         return totals.loss, totals
 
-    totals, gradient = lookups.result_and_gradient(loss, logits, where, dtype, split=False)
+    totals, gradient = lookups.result_and_gradient(loss, logits, where, dtype, local=True)
     return totals.loss, gradient, kinds
 
 
@@ -108,11 +108,11 @@ def test_is_rounded_once():
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "total_variation"])
 def test_logits_that_leave_nothing_to_sum(divergence):
     """Everything outside the ids is impossible, or far below them."""
-    _, targets, where = inputs(2)
+    spread, targets, where = inputs(2)
     rows, ids = jnp.arange(N)[:, None], targets["two"].ids
     objective = losses.distill("two", getattr(losses, divergence), temperature=2.0)
     for below in (-jnp.inf, -1e4, -200.0):
-        logits = jnp.full((N, V), below).at[rows, ids].set(jnp.arange(float(K)))
+        logits = (spread + below).at[rows, ids].set(jnp.arange(float(K)))
         _, gradient, kinds = through(objective, logits, targets, where)
         slope = jax.grad(lambda x: losses.reduce(*objective(x, targets), where).loss)(logits)
         assert kinds[-1] is sparse.Lookups
@@ -138,15 +138,56 @@ def squared(logits_NV, targets, *, step=None):
     return jnp.sum(logits_NV**2, axis=-1) / 2, {}
 
 
-def rematerialised(logits_NV, targets, *, step=None):
+def compared(logits_NV, targets, *, step=None):
     del step
-    loss = jax.checkpoint(lambda teacher: losses.forward_kl(logits_NV, teacher, temperature=2.0))
-    return loss(targets["two"]), {}
+    below = jnp.sum(jnp.broadcast_to(logits_NV == targets["zero"], logits_NV.shape), axis=-1)
+    return losses.cross_entropy(logits_NV, targets["labels"]) * (1 + below), {}
+
+
+def not_softened(logits_NV, targets, *, step=None):
+    del step
+    picked, log_z = sparse.pick(logits_NV, targets["labels"][:, None])
+    return log_z - picked[:, 0] + 0.01 * log_z**2, {}
+
+
+def own_temperature(logits_NV, targets, *, step=None):
+    del step
+    temperature = 1 + 0.1 * jnp.mean(losses.cross_entropy(logits_NV, targets["labels"]))
+    softened = sparse.soften(logits_NV, temperature)
+    picked, log_z = sparse.pick(softened, targets["labels"][:, None])
+    return log_z - picked[:, 0], {}
 
 
 def mapped(logits_NV, targets, *, step=None):
     del step
     return jax.vmap(losses.cross_entropy)(logits_NV, targets["labels"]), {}
+
+
+def kl_to(logits_NV):
+    return lambda teacher: losses.forward_kl(logits_NV, teacher, temperature=2.0)
+
+
+def rematerialised(logits_NV, targets, *, step=None):
+    del step
+    return jax.checkpoint(kl_to(logits_NV))(targets["two"]), {}
+
+
+def jitted(logits_NV, targets, *, step=None):
+    del step
+    return jax.jit(kl_to(logits_NV))(targets["two"]), {}
+
+
+def chosen(logits_NV, targets, *, step=None):
+    del step
+    kl, other = kl_to(logits_NV), lambda _: losses.cross_entropy(logits_NV, targets["labels"])
+    return jax.lax.cond(targets["labels"][0] >= 0, kl, other, targets["two"]), {}
+
+
+def scanned(logits_NV, targets, *, step=None):
+    del step
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), targets["one"], targets["two"])
+    kl = kl_to(logits_NV)
+    return jax.lax.scan(lambda sum_N, one: (sum_N + kl(one), None), jnp.zeros(N), both)[0], {}
 
 
 def follows_its_own_lookup(logits_NV, targets, *, step=None):
@@ -157,12 +198,50 @@ def follows_its_own_lookup(logits_NV, targets, *, step=None):
     return losses.cross_entropy(logits_NV, best), {}
 
 
-@pytest.mark.parametrize("objective", [squared, rematerialised, mapped, follows_its_own_lookup])
+class Alternating:
+    """Another divergence at every call, as state and random numbers of Python's would give."""
+
+    calls = 0
+
+    def __call__(self, logits_NV, targets, *, step=None):
+        del step
+        self.calls += 1
+        if self.calls == 2:
+            return losses.cross_entropy(logits_NV, targets["labels"]), {}
+        return kl_to(logits_NV)(targets["two"]), {}
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        squared,
+        compared,
+        not_softened,
+        own_temperature,
+        mapped,
+        rematerialised,
+        jitted,
+        chosen,
+        scanned,
+        follows_its_own_lookup,
+        Alternating(),
+    ],
+)
 def test_whatever_an_objective_does_with_logits(objective):
     logits, targets, where = inputs(4)
-    _, gradient, _ = through(objective, logits, targets, where)
-    slope = jax.grad(lambda x: losses.reduce(*objective(x, targets), where).loss)(logits)
-    np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-7)
+    logits = logits.at[:, :9].set(0.0)
+    targets["zero"], where = jnp.zeros((N, 1)), where + 0.1
+
+    def head(hidden, unembedding):
+        return losses.fused_linear(objective, hidden, unembedding, targets, where, chunk=N).loss
+
+    def plain_head(hidden, unembedding):
+        return losses.reduce(*objective(hidden @ unembedding, targets), where).loss
+
+    actual = jax.jit(jax.value_and_grad(head))(logits, jnp.eye(V))
+    expected = jax.value_and_grad(plain_head)(logits, jnp.eye(V))
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-5, atol=1e-6)
 
 
 def test_stops_gradients_where_they_are_stopped():
