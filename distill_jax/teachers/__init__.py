@@ -7,6 +7,7 @@ from distill_jax.teachers.schemes import (
     SCHEMES,
     RandomSampling,
     Scheme,
+    Threshold,
     TopK,
     scheme_from_json,
     scheme_to_json,
@@ -14,6 +15,7 @@ from distill_jax.teachers.schemes import (
 )
 from distill_jax.teachers.store import Store, open_store
 from distill_jax.teachers.verify import verify
+from distill_jax.teachers.vocabulary import threshold_for
 from distill_jax.teachers.writer import Corpus, WriteConfig, write_stores
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "RandomSampling",
     "Scheme",
     "Store",
+    "Threshold",
     "TopK",
     "WriteConfig",
     "describe",
@@ -34,6 +37,7 @@ __all__ = [
     "scheme_from_json",
     "scheme_to_json",
     "teacher_fingerprint",
+    "threshold_for",
     "to_targets",
     "verify",
     "write_stores",

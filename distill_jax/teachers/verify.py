@@ -10,9 +10,10 @@ import numpy as np
 from distill_jax import artifacts, models, progress
 from distill_jax.artifacts import InputError
 from distill_jax.teachers import codec, sampling
+from distill_jax.teachers.forward import ask_teacher, labels
 from distill_jax.teachers.manifest import read_manifest, teacher_fingerprint
 from distill_jax.teachers.store import Store, open_store
-from distill_jax.teachers.writer import Corpus, WriteConfig, ask_teacher, encode_row
+from distill_jax.teachers.writer import Corpus, WriteConfig, encode_row
 
 
 def verify(
@@ -146,6 +147,7 @@ def _ask(model: models.Model, store: Store, record: Mapping[str, Any]) -> dict[s
         model.params,
         tokens[None],
         segment_ids[None],
+        labels(tokens, segment_ids)[None],
         seeds,
         config=model.config,
         schemes=(identity.scheme,),

@@ -11,18 +11,16 @@ from concurrent import futures
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from distill_jax import models, progress
 from distill_jax.artifacts import InputError
 from distill_jax.teachers import codec, sampling
+from distill_jax.teachers.forward import HiddenStates, ask_teacher, labels
 from distill_jax.teachers.manifest import Identity, Manifest, teacher_fingerprint
 from distill_jax.teachers.schemes import Scheme
 from distill_jax.teachers.shards import Record, StoreWriter
-
-HiddenStates = Callable[..., jax.Array]
-"""(config, params, tokens_BT, segment_ids_BT) -> hidden_BTD, as `models.hidden_states`."""
 
 # Batches whose results may wait for the disk: one being written, one behind it.
 _IN_FLIGHT = 2
@@ -74,7 +72,7 @@ def write_stores(
     *,
     temperature: float = 1.0,
     config: WriteConfig | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: NamedSharding | None = None,
     hidden_states: HiddenStates = models.hidden_states,
 ) -> dict[str, Any]:
     """Writes one store for every scheme, from one forward pass over the corpus.
@@ -89,7 +87,8 @@ def write_stores(
       corpus: the rows.
       temperature: what the teacher's logits are divided by.
       config: how the teacher is run.
-      sharding: where a batch's rows go; None leaves that to JAX.
+      sharding: where a batch's rows go; None leaves that to JAX. Over a mesh axis "tensor" beside
+        them the vocabulary is split, and logits are never gathered.
       hidden_states: the forward pass, `models.hidden_states` or one of its signature.
 
     Returns:
@@ -118,6 +117,7 @@ def write_stores(
         temperature=float(temperature),
         chunk_tokens=config.chunk_tokens,
         hidden_states=hidden_states,
+        sharding=sharding,
     )
     _write_missing(list(writers.values()), forward, corpus, config, sharding)
     return {name: _figures(w.finish(), w.directory) for name, w in writers.items()}
@@ -149,51 +149,6 @@ def _identities(
     }
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "schemes", "temperature", "chunk_tokens", "hidden_states"),
-)
-def ask_teacher(
-    params: models.Params,
-    tokens_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    seeds: jax.Array,
-    *,
-    config: models.LlamaConfig,
-    schemes: tuple[Scheme, ...],
-    temperature: float,
-    chunk_tokens: int,
-    hidden_states: HiddenStates = models.hidden_states,
-) -> tuple[dict[str, jax.Array], ...]:
-    """One forward pass of a teacher, and what every scheme keeps of it.
-
-    Logits exist for `chunk_tokens` tokens at a time. `seeds`, uint32 [B, 2], are those of
-    `sampling.row_seeds`.
-
-    Returns:
-      Each scheme's arrays, [B, T] or [B, T, width].
-    """
-    hidden_BTD = hidden_states(config, params, tokens_BT, segment_ids_BT)
-    unembedding_DV = models.unembedding(params)
-    batch, time = tokens_BT.shape
-    # Chunks cut time, not rows, so that rows spread over devices stay spread.
-    step = _largest_divisor(time, max(1, chunk_tokens // batch))
-
-    def encode_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[dict[str, jax.Array], ...]:
-        hidden, positions = chunk
-        logits_BTV = jnp.einsum(
-            "BTD,DV->BTV", hidden, unembedding_DV, preferred_element_type=jnp.float32
-        )
-        logits_NV = logits_BTV.reshape(batch * step, -1)
-        keys_N = jax.vmap(sampling.token_keys, (0, None))(seeds, positions).reshape(-1)
-        encoded = tuple(scheme.encode(logits_NV, keys_N, temperature) for scheme in schemes)
-        return jax.tree.map(lambda x: x.reshape(batch, step, *x.shape[1:]), encoded)
-
-    hidden = jnp.moveaxis(hidden_BTD.reshape(batch, time // step, step, -1), 1, 0)
-    encoded = jax.lax.map(encode_chunk, (hidden, jnp.arange(time).reshape(-1, step)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, time, *x.shape[3:]), encoded)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Batch:
     """Rows of one shard, filled up with empty rows to the batch size that was compiled."""
@@ -205,13 +160,19 @@ class _Batch:
     segment_ids_BT: np.ndarray
     last: bool
 
+    @property
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """Tokens, segments and labels, [B, T]."""
+        labels_BT = labels(self.tokens_BT, self.segment_ids_BT)
+        return self.tokens_BT, self.segment_ids_BT, labels_BT
+
 
 def _write_missing(
     writers: list[StoreWriter],
     forward: Callable[..., tuple[dict[str, jax.Array], ...]],
     corpus: Corpus,
     config: WriteConfig,
-    sharding: jax.sharding.Sharding | None,
+    sharding: NamedSharding | None,
 ) -> None:
     """Encodes and writes in the background while the next batch is computed."""
     identity = writers[0].identity
@@ -231,7 +192,7 @@ def _write_missing(
         for batch in _batches(corpus, identity, shards, config.batch_rows):
             seeds = sampling.row_seeds(batch.keys, salt=identity.teacher)
             seeds = np.pad(seeds, ((0, len(batch.tokens_BT) - len(seeds)), (0, 0)))
-            inputs = jax.device_put((batch.tokens_BT, batch.segment_ids_BT, seeds), sharding)
+            inputs = jax.device_put((*batch.inputs, seeds), sharding)
             submit(store, batch, forward(*inputs))
             bar.advance(len(batch.keys), tokens=int((batch.segment_ids_BT > 0).sum()))
 
@@ -351,10 +312,6 @@ def _check_row(record: Mapping[str, Any], row: int, identity: Identity) -> None:
             f"corpus {identity.corpus}: row {row} has token {tokens.max()}, "
             f"the teacher's vocabulary ends at {identity.vocab_size - 1}"
         )
-
-
-def _largest_divisor(number: int, at_most: int) -> int:
-    return next(d for d in range(min(number, at_most), 0, -1) if number % d == 0)
 
 
 def _figures(manifest: Manifest, directory: pathlib.Path) -> dict[str, Any]:
