@@ -8,6 +8,12 @@ from distill_jax.artifacts import InputError
 from distill_jax.teachers import sampling
 
 TOKENS, VOCAB = 5, 400
+SCHEMES = [
+    teachers.TopK(k=6),
+    teachers.RandomSampling(draws=12),
+    teachers.Threshold(tau=0.05),
+    teachers.Threshold(ids=8),
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +32,10 @@ def keys(count, seed=0):
     return sampling.token_keys(jnp.array([seed, 1], jnp.uint32), jnp.arange(count))
 
 
-def encode(scheme, logits, token_keys, temperature=1.0):
-    encoded = jax.jit(lambda x, k: scheme.encode(x, k, temperature))(logits, token_keys)
-    return jax.tree.map(np.asarray, encoded)
+def encode(scheme, logits, token_keys, temperature=1.0, labels=None):
+    labels = np.zeros(len(logits), np.int32) if labels is None else labels
+    encode_jit = jax.jit(lambda *arrays: scheme.encode(*arrays, temperature))
+    return jax.tree.map(np.asarray, encode_jit(logits, labels, token_keys))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -108,7 +115,7 @@ def test_all_ids_as_top_k_give_the_whole_divergence(logits):
     np.testing.assert_allclose(losses.forward_kl(student, targets), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", [teachers.TopK(k=6), teachers.RandomSampling(draws=12)])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_token_is_sampled_alike_in_any_batch(logits, scheme):
     token_keys = keys(TOKENS)
     together = encode(scheme, logits, token_keys)
@@ -125,7 +132,7 @@ def test_bfloat16_logits(logits):
     np.testing.assert_allclose(encoded["log_probs"], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("scheme", [teachers.TopK(k=6), teachers.RandomSampling(draws=12)])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_json_round_trip(scheme):
     assert teachers.scheme_from_json(teachers.scheme_to_json(scheme)) == scheme
 
@@ -139,6 +146,11 @@ def test_json_round_trip(scheme):
         ({"name": "top_k", "k": 3, "p": 1}, "fields"),
         ({"name": "top_k", "k": 0}, "TopK.k: 0"),
         ({"name": "random_sampling", "draws": -1}, "RandomSampling.draws: -1"),
+        ({"name": "threshold", "tau": 0.0, "ids": None}, "Threshold.tau: 0.0"),
+        ({"name": "threshold", "tau": 1.5, "ids": None}, "Threshold.tau: 1.5"),
+        ({"name": "threshold", "tau": None, "ids": 0}, "Threshold.ids: 0"),
+        ({"name": "threshold", "tau": None, "ids": None}, "give tau .* or ids"),
+        ({"name": "threshold", "tau": 0.1, "ids": 10}, "give tau .* or ids"),
     ],
 )
 def test_wrong_schemes_are_refused(value, message):
@@ -147,5 +159,19 @@ def test_wrong_schemes_are_refused(value, message):
 
 
 def test_more_ids_than_the_vocabulary_are_refused():
-    with pytest.raises(InputError, match="11 ids of a vocabulary of 10"):
-        teachers.TopK(k=11).columns(10)
+    for scheme in (teachers.TopK(k=11), teachers.Threshold(ids=11)):
+        with pytest.raises(InputError, match="11 ids of a vocabulary of 10"):
+            scheme.columns(10)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_stored_of_every_token(logits, scheme):
+    labels = np.array([3, 399, 0, -1, 17])
+    encoded = encode(scheme, logits, keys(TOKENS), 1.5, labels)
+    exact = exact_log_probs(logits, 1.5)
+    np.testing.assert_allclose(encoded["entropy"], -(np.exp(exact) * exact).sum(-1), rtol=1e-4)
+    expected = np.where(labels < 0, 0, exact[np.arange(TOKENS), labels])
+    np.testing.assert_allclose(encoded["label_log_prob"], expected, rtol=1e-5)
+    arrays = scheme.unpack(encoded)
+    for name in ("entropy", "label_log_prob"):
+        np.testing.assert_array_equal(arrays[name], encoded[name])

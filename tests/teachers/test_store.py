@@ -32,6 +32,7 @@ def columns_of(row):
     return {
         "length": rng.integers(1, 5, TIME),
         "entropy": rng.random(TIME).astype(np.float16),
+        "label_log_prob": -rng.random(TIME).astype(np.float16) * (np.arange(TIME) < TIME - 1),
         "ids": rng.integers(0, 70_000, (TIME, 4)),
         "counts": rng.integers(1, 5, (TIME, 4)),
     }
@@ -77,7 +78,8 @@ def test_what_was_written_is_read(written):
         expected, record = columns_of(row), store[row]
         assert (record["row_id"], record["key"]) == (row, f"key{row}")
         targets = record["targets"]
-        np.testing.assert_array_equal(targets["entropy"], expected["entropy"])
+        for name in ("entropy", "label_log_prob"):
+            np.testing.assert_array_equal(targets[name], expected[name])
         for token, length in enumerate(expected["length"]):
             np.testing.assert_array_equal(
                 targets["ids"][token, :length], expected["ids"][token, :length]
@@ -254,4 +256,10 @@ def test_describe_accounts_for_every_byte_of_the_records(written):
     record_bytes = sum(len(record_of(row).data) for row in range(ROWS))
     assert sum(parts.values()) * ROWS * TIME == pytest.approx(record_bytes)
     assert figures["identity"]["scheme"] == {"name": "random_sampling", "draws": 4}
+    rows = [columns_of(row) for row in range(ROWS)]
+    mean = {name: np.mean([row[name] for row in rows]) for name in ("entropy", "label_log_prob")}
+    assert figures["mean_entropy"] == pytest.approx(mean["entropy"], rel=1e-3)
+    # The last token of each row has no label.
+    expected = -mean["label_log_prob"] * TIME / (TIME - 1)
+    assert figures["teacher_cross_entropy"] == pytest.approx(expected, rel=1e-3)
     json.dumps(figures)

@@ -11,7 +11,12 @@ from distill_jax.teachers.verify import total_variation
 
 from .known import ListCorpus, make_corpus
 
-SCHEMES = {"top": teachers.TopK(k=6), "random": teachers.RandomSampling(draws=20)}
+SCHEMES = {
+    "top": teachers.TopK(k=6),
+    "random": teachers.RandomSampling(draws=20),
+    "threshold": teachers.Threshold(tau=0.04),
+    "fixed": teachers.Threshold(ids=9),
+}
 
 
 def llama(seed):

@@ -103,7 +103,7 @@ class Threshold:
             *TOKEN_COLUMNS,
             *own_tau,
             Column(name="ids", dtype=unsigned(vocab_size - 1), counted_by="length"),
-            Column(name="log_probs", dtype="float32", counted_by="exact", fill=-np.inf),
+            Column(name="log_probs", dtype="float16", counted_by="exact", fill=-np.inf),
         )
 
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
