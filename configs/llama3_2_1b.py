@@ -24,7 +24,7 @@ from distill_jax.recipe import (
     Term,
     TokenizerConfig,
 )
-from distill_jax.teachers import RandomSampling, WriteConfig
+from distill_jax.teachers import Threshold, WriteConfig
 from distill_jax.training import OptimizerConfig, TrainConfig
 
 LLAMA_3_1_8B = os.environ.get("LLAMA_3_1_8B", "Llama-3.1-8B")
@@ -52,7 +52,7 @@ def get_config(tokens: Literal["1B", "100B"] = "100B") -> Recipe:
             "70b": TeacherConfig(source=LLAMA_3_1_70B),
         },
         targets=TargetsConfig(
-            schemes={"samples": RandomSampling(draws=50)},
+            schemes={"samples": Threshold(tau=0.04)},
             write=WriteConfig(batch_rows=64, rows_per_shard=4096),
         ),
         pruned_teacher="8b",

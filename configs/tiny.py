@@ -20,7 +20,7 @@ from distill_jax.recipe import (
     Term,
     TokenizerConfig,
 )
-from distill_jax.teachers import RandomSampling, TopK, WriteConfig
+from distill_jax.teachers import Threshold, TopK, WriteConfig
 from distill_jax.training import OptimizerConfig, TrainConfig
 
 
@@ -44,7 +44,7 @@ def get_config(
             "small": TeacherConfig(shape=_shape(vocab_size, 2, 64), train=_train(steps)),
         },
         targets=TargetsConfig(
-            schemes={"top_k": TopK(k=16), "samples": RandomSampling(draws=50)},
+            schemes={"top_k": TopK(k=16), "samples": Threshold(tau=0.04)},
             write=WriteConfig(rows_per_shard=16 if test else 512),
         ),
         pruned_teacher="large",

@@ -124,7 +124,8 @@ def test_exactly_one_start():
 def test_json_tells_schemes_apart():
     described = to_json(load_recipe(TINY))
     assert described["targets"]["schemes"]["top_k"] == {"k": 16, "name": "top_k"}
-    assert described["targets"]["schemes"]["samples"]["draws"] == 50
+    samples = {"tau": 0.04, "ids": None, "name": "threshold"}
+    assert described["targets"]["schemes"]["samples"] == samples
     changed = to_json(load_recipe(TINY, ['distill.terms.small.options={"alpha": 0.2}']))
     assert changed["distill"] != described["distill"]
 

@@ -37,9 +37,10 @@ def forward_kl(
 ) -> jax.Array:
     """T^2 KL(p || q) = T^2 sum p log(p / q).
 
-    With `SampledTargets` it is T^2 sum_k w_k (log w_k - log q[id_k]). Since E[w] = p and log w does
-    not depend on the student, its gradient is an unbiased estimate of forward KL's (and sums to
-    zero over the vocabulary, as that one does); its value is not: E[w log w] exceeds p log p.
+    With `SampledTargets` it is T^2 (-H - sum_k w_k log q[id_k]), H the teacher's entropy. Since
+    E[w] = p, value and gradient are unbiased estimates of forward KL's (and the gradient sums to
+    zero over the vocabulary, as that one does). Targets that do not know their entropy have
+    sum_k w_k log w_k instead of -H, which is more on average, and changes no gradient.
 
     Returns:
       float32 [...].
@@ -269,8 +270,9 @@ def _check(student_logits: jax.Array, teacher: Teacher, temperature: float) -> N
         )
     leading = student_logits.shape[:-1]
     values = teacher.log_probs if isinstance(teacher, TopKTargets) else teacher.weights
-    tail = teacher.log_tail.shape if isinstance(teacher, TopKTargets) else leading
-    if teacher.ids.shape[:-1] != leading or values.shape != teacher.ids.shape or tail != leading:
+    of_token = teacher.log_tail if isinstance(teacher, TopKTargets) else teacher.entropy
+    fits = of_token is None or of_token.shape == leading
+    if teacher.ids.shape[:-1] != leading or values.shape != teacher.ids.shape or not fits:
         raise ValueError(
             f"{kind} with ids {teacher.ids.shape} and values {values.shape} do not fit student "
             f"logits {student_logits.shape}"
@@ -318,7 +320,11 @@ def _sampled_kl(student: jax.Array, teacher: SampledTargets) -> jax.Array:
     picked, log_z = sparse.pick(student, teacher.ids)
     log_q = jnp.where(drawn, picked, 0.0) - log_z[..., None]
     log_q = jnp.where(jnp.isneginf(log_q), LOG_FLOOR, log_q)
-    return jnp.sum(weights * (jnp.log(jnp.where(drawn, weights, 1.0)) - log_q), axis=-1)
+    if teacher.entropy is None:
+        known = jnp.sum(weights * jnp.log(jnp.where(drawn, weights, 1.0)), axis=-1)
+    else:
+        known = -jax.lax.stop_gradient(jnp.asarray(teacher.entropy, jnp.float32))
+    return known - jnp.sum(weights * log_q, axis=-1)
 
 
 def _kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:

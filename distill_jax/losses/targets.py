@@ -37,7 +37,7 @@ class TopKTargets:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("ids", "weights"),
+    data_fields=("ids", "weights", "entropy"),
     meta_fields=("temperature",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +45,21 @@ class SampledTargets:
     """A few ids drawn so that the teacher's distribution p comes out on average.
 
     E[sum_k weights_k onehot(ids_k)] = p, as in random sampling of logits (Anshumann et al. 2025,
-    arXiv:2503.16870). Only what is linear in p can be estimated from it, hence only `forward_kl`.
+    arXiv:2503.16870) or threshold sampling (Duffield, Lund, Thorup 2007); the weights of a token
+    need not sum to 1. Only what is linear in p can be estimated from it, hence only `forward_kl`.
 
     Attributes:
       ids: int [..., K]; an id may occur more than once.
       weights: float32 [..., K], not negative; 0 marks a padding slot, whose id may be anything.
       temperature: as in `TopKTargets`.
+      entropy: float32 [...], the teacher's entropy in nats at that temperature, if it is known: the
+        value of a forward KL is then unbiased too.
     """
 
     ids: jax.Array
     weights: jax.Array
     temperature: float = 1.0
+    entropy: jax.Array | None = None
 
 
 Teacher = jax.Array | TopKTargets | SampledTargets

@@ -65,6 +65,7 @@ def _check_objective(recipe: Recipe, vocab_size: int) -> None:
         "log_probs": jnp.zeros((1, 1)),
         "log_tail": jnp.zeros(1),
         "weights": jnp.ones((1, 1)),
+        "entropy": jnp.zeros(1),
     }
     temperature = recipe.targets.temperature
     targets: dict[str, Any] = {"labels": jnp.zeros(1, jnp.int32)}

@@ -166,6 +166,24 @@ def test_the_mean_gradient_is_that_of_the_whole_distribution():
     assert (np.abs(error) < 4.5 * deviation / np.sqrt(redraws) + 4 * TAU / redraws).all()
 
 
+@pytest.mark.parametrize("scheme", [*SCHEMES, teachers.RandomSampling(draws=20)])
+def test_the_mean_value_is_the_divergence(scheme):
+    """The entropy is known, so that not only the gradient is unbiased."""
+    redraws, temperature = 2000, 2.0
+    logits = teacher("plain")
+    student = (logits + np.random.default_rng(1).standard_normal(397)).astype(np.float32)
+    encoded = encode(scheme, np.tile(logits, (redraws, 1)), keys(redraws), temperature)
+    targets = scheme.targets(scheme.unpack(encoded), temperature)
+    found = losses.forward_kl(np.tile(student, (redraws, 1)), targets, temperature=temperature)
+    p, q = (scipy.special.softmax(x.astype(np.float64) / temperature) for x in (logits, student))
+    expected = temperature**2 * scipy.special.rel_entr(p, q).sum()
+    assert abs(found.mean() - expected) < 4 * found.std() / np.sqrt(redraws)
+    # Without it the value is off by more than that.
+    alone = losses.SampledTargets(targets.ids, targets.weights, temperature)
+    off = losses.forward_kl(np.tile(student, (redraws, 1)), alone, temperature=temperature)
+    assert off.mean() - expected > 8 * found.std() / np.sqrt(redraws)
+
+
 def test_a_token_alone_and_its_key_decide():
     logits = np.random.default_rng(3).standard_normal((4, 397)).astype(np.float32) * 3
     other = sampling.token_keys(jax.numpy.array([9, 9], jax.numpy.uint32), jax.numpy.arange(4))

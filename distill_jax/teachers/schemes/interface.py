@@ -104,7 +104,10 @@ def head(
 
 
 def sampled_targets(arrays: Mapping[str, Any], temperature: float) -> losses.SampledTargets:
-    """What the losses take of unpacked "ids" and "weights"."""
+    """What the losses take of unpacked "ids", "weights" and "entropy"."""
     return losses.SampledTargets(
-        ids=arrays["ids"], weights=arrays["weights"], temperature=temperature
+        ids=arrays["ids"],
+        weights=arrays["weights"],
+        temperature=temperature,
+        entropy=arrays["entropy"],
     )
