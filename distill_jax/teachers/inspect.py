@@ -18,29 +18,29 @@ def describe(directory: str | os.PathLike[str], *, sample: int = 64) -> dict[str
 
     Returns:
       identity (what was stored, of whom), rows, tokens, width, bytes on disk, and of the sampled
-      rows: bytes_per_token of every part of a record before compression, ids_per_token
-      as {number of ids: share of tokens}, mean_ids, and of the teacher, in nats at the store's
-      temperature, mean_entropy and teacher_cross_entropy with the tokens that really came next
-      (None where no token has a next one). "on_disk" among the bytes per token is of the whole
-      directory.
+      rows: bytes_per_token of every part of a record, ids_per_token as {number of ids: share of
+      tokens}, mean_ids, and of the teacher, in nats at the store's temperature, mean_entropy and
+      teacher_cross_entropy with the tokens that really came next (None where no token has a next
+      one). "on_disk" among the bytes per token is of the whole directory.
 
     Raises:
       InputError: the store is not finished, or a sampled record is damaged.
     """
     store = open_store(directory)
-    parts: collections.Counter[str] = collections.Counter()
+    parts: Any = collections.Counter()
     ids: collections.Counter[int] = collections.Counter()
-    entropy, surprise, labels = 0.0, 0.0, 0
+    entropy, surprise = 0.0, 0.0
     rows = np.unique(np.linspace(0, len(store) - 1, min(sample, len(store))).astype(int))
     for row in rows.tolist():
         _, _, columns = store.read_columns(row)
-        parts.update(store.column_bytes(columns))
+        parts.update(store.part_bytes(row))
         length = columns["length"]
         ids.update(length[length > 0].tolist())
         entropy += float(columns["entropy"][length > 0].sum())
         surprise -= float(columns["label_log_prob"].sum())
-        labels += int(np.count_nonzero(columns["label_log_prob"]))
     tokens = max(ids.total(), 1)
+    # A stored 0 may be a label that was nearly certain, so these are counted when written.
+    labels = tokens * store.manifest.labels / max(store.manifest.tokens, 1)
     size = sum((store.directory / name).stat().st_size for name in store.manifest.files)
     per_token = {name: count / tokens for name, count in parts.items()}
     return {

@@ -12,7 +12,8 @@ from etils import epath
 
 from distill_jax import artifacts, models
 from distill_jax.artifacts import InputError
-from distill_jax.teachers.codec import CODEC_VERSION
+from distill_jax.teachers import order
+from distill_jax.teachers.codec import CODEC_VERSION, Codec
 from distill_jax.teachers.schemes import Scheme, scheme_from_json, scheme_to_json
 
 MANIFEST = "store.json"
@@ -64,6 +65,16 @@ class Identity:
         return fields | {"scheme": scheme_to_json(self.scheme)}
 
 
+def make_codec(identity: Identity, token_counts: np.ndarray) -> Codec:
+    """What encodes and decodes the records of a store; `token_counts` int [V] are the corpus's."""
+    return Codec(
+        columns=identity.scheme.columns(identity.vocab_size),
+        order=order.by_frequency(token_counts),
+        tokens=identity.sequence_length,
+        teacher=identity.teacher,
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The contents of store.json, which is written last: a store without it is not finished.
@@ -72,12 +83,14 @@ class Manifest:
       identity: what decides the bytes.
       width: the most ids that any token has; batches are padded to it.
       tokens: tokens with targets, padding left out.
+      labels: of these, tokens that have a next one.
       files: hash of every other file of the directory.
     """
 
     identity: Identity
     width: int
     tokens: int
+    labels: int
     files: Mapping[str, str]
 
     def write(self, directory: str | os.PathLike[str]) -> None:
@@ -86,6 +99,7 @@ class Manifest:
             "identity": self.identity.to_json(),
             "width": self.width,
             "tokens": self.tokens,
+            "labels": self.labels,
             "files": dict(self.files),
         }
         value["checksum"] = artifacts.fingerprint(value)

@@ -18,17 +18,19 @@ from array_record.python import array_record_module
 
 from distill_jax import artifacts
 from distill_jax.artifacts import InputError
-from distill_jax.teachers.manifest import MANIFEST, Identity, Manifest, read_manifest
+from distill_jax.teachers import order
+from distill_jax.teachers.manifest import MANIFEST, Identity, Manifest, make_codec, read_manifest
 
 DATASET = "teacher_targets"
 SPLIT = "rows"
 KEYS = "keys.npy"
-"""Names inside a store: the TFDS dataset, its split, and the rows' content keys."""
+TOKEN_COUNTS = "token_counts.bin"
+"""Names inside a store: the TFDS dataset, its split, the rows' content keys, and how often each
+id occurs in the corpus."""
 _PROGRESS = ".progress"
 _PLAN = "plan.json"
-# The high bytes of ids and small counts are predictable, which zstd finds. One record per group,
-# because training reads rows at random.
-_ARRAY_RECORD_OPTIONS = "group_size:1,zstd:3"
+# The codec leaves nothing to compress. One record per group, because training reads at random.
+_ARRAY_RECORD_OPTIONS = "group_size:1,uncompressed"
 _FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 
 
@@ -58,6 +60,7 @@ class Record:
       key: content key of the row.
       data: the encoded bytes.
       tokens: tokens with targets.
+      labels: of these, tokens that have a next one.
       width: the most ids of a token.
     """
 
@@ -65,20 +68,25 @@ class Record:
     key: str
     data: bytes
     tokens: int
+    labels: int
     width: int
 
 
 class StoreWriter:
     """Writes one store's shards, and seals the store when all are there."""
 
-    def __init__(self, directory: str | os.PathLike[str], identity: Identity):
-        """Opens a new or half-written store.
+    def __init__(
+        self, directory: str | os.PathLike[str], identity: Identity, token_counts: np.ndarray
+    ):
+        """Opens a new or half-written store; `token_counts` [V] of the corpus give its id order.
 
         Raises:
           InputError: the directory holds targets of another teacher, corpus or form.
         """
         self.directory = pathlib.Path(directory)
         self.identity = identity
+        self.codec = make_codec(identity, token_counts)
+        self._token_counts = token_counts
         self._progress = self.directory / _PROGRESS
         finished = (self.directory / MANIFEST).exists()
         plan = self._progress / _PLAN
@@ -113,6 +121,7 @@ class StoreWriter:
             "hash": artifacts.hash_file(path),
             "keys": [record.key for record in records],
             "tokens": sum(record.tokens for record in records),
+            "labels": sum(record.labels for record in records),
             "width": max(record.width for record in records),
         }
         artifacts.write_json(self._contents(shard), contents)
@@ -130,15 +139,17 @@ class StoreWriter:
         keys = np.array([key for shard in shards for key in shard["keys"]], np.bytes_)
         with (self.directory / KEYS).open("wb") as file:
             np.save(file, keys, allow_pickle=False)
+        (self.directory / TOKEN_COUNTS).write_bytes(order.counts_to_bytes(self._token_counts))
         _write_metadata(self.directory, self.identity)
         files = {shard_name(self.identity, i): shard["hash"] for i, shard in enumerate(shards)}
-        for name in (KEYS, "dataset_info.json", "features.json"):
+        for name in (KEYS, TOKEN_COUNTS, "dataset_info.json", "features.json"):
             _sync(self.directory / name)
             files[name] = artifacts.hash_file(self.directory / name)
         manifest = Manifest(
             identity=self.identity,
             width=max(shard["width"] for shard in shards),
             tokens=sum(shard["tokens"] for shard in shards),
+            labels=sum(shard["labels"] for shard in shards),
             files=files,
         )
         manifest.write(self.directory)

@@ -2,18 +2,20 @@
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from distill_jax import artifacts, losses
 from distill_jax.artifacts import InputError
-from distill_jax.teachers import codec
-from distill_jax.teachers.manifest import Identity, Manifest, read_manifest
+from distill_jax.teachers import order
+from distill_jax.teachers.manifest import Identity, Manifest, make_codec, read_manifest
 from distill_jax.teachers.schemes import Scheme
-from distill_jax.teachers.shards import KEYS, SPLIT, shard_name
+from distill_jax.teachers.shards import KEYS, SPLIT, TOKEN_COUNTS, shard_name
+
+_Read = TypeVar("_Read")
 
 
 class Store:
@@ -22,20 +24,22 @@ class Store:
     Attributes:
       directory: where it lies.
       manifest: what it says about itself.
+      codec: encodes and decodes its records.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
         """Opens a store; `open_store` is the public name.
 
         Raises:
-          InputError: the store is not finished, or a file is missing.
+          InputError: the store is not finished, a file is missing, or the counts of the corpus,
+            which give the order of the ids, are damaged.
         """
         self.directory = pathlib.Path(directory)
         self.manifest: Manifest = read_manifest(directory)
         for name in self.manifest.files:
             if not (self.directory / name).exists():
                 raise InputError(f"{self.directory / name}: missing from the store")
-        self._columns = self.scheme.columns(self.identity.vocab_size)
+        self.codec = make_codec(self.identity, self._token_counts())
         self._records = tfds.builder_from_directory(self.directory).as_data_source(SPLIT)
         self._keys = np.load(self.directory / KEYS, mmap_mode="r", allow_pickle=False)
         self._by_key: np.ndarray | None = None
@@ -68,24 +72,27 @@ class Store:
         Raises:
           InputError: the record is damaged.
         """
+        return self._read(position, self.codec.decode)
+
+    def part_bytes(self, position: int) -> dict[str, float]:
+        """Bytes of each part of the record of one row; see `Codec.part_bytes`."""
+        return self._read(position, self.codec.part_bytes)[2]
+
+    def _read(
+        self, position: int, use: Callable[[bytes, str, int], _Read]
+    ) -> tuple[int, str, _Read]:
         position = range(len(self))[position]
         key = self._keys[position].decode()
         try:
             record = self._records[position]
-            columns = codec.decode(
-                self._columns,
-                record["record"],
-                key,
-                tokens=self.identity.sequence_length,
-                width=self.manifest.width,
-            )
+            result = use(record["record"], key, self.manifest.width)
         except (ValueError, RuntimeError, IndexError, KeyError) as error:
             shard = shard_name(self.identity, position // self.identity.rows_per_shard)
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"{self.directory / shard}: row {position} is damaged ({reason})"
             ) from error
-        return int(record["row_id"]), key, columns
+        return int(record["row_id"]), key, result
 
     def positions(self, keys: Sequence[str]) -> np.ndarray:
         """Place in this store of the row of each content key, -1 where there is none."""
@@ -100,9 +107,15 @@ class Store:
         """What the losses take, from a batch's arrays of this store; jit-able."""
         return self.scheme.targets(arrays, self.identity.temperature)
 
-    def column_bytes(self, columns: dict[str, np.ndarray]) -> dict[str, int]:
-        """Bytes of each part of a record, from its decoded columns."""
-        return codec.column_bytes(self._columns, columns)
+    def _token_counts(self) -> np.ndarray:
+        # A record's checksum cannot tell whether its ids are read in the right order.
+        path = self.directory / TOKEN_COUNTS
+        try:
+            if artifacts.hash_file(path) != self.manifest.files[TOKEN_COUNTS]:
+                raise InputError("its hash does not fit the manifest")
+            return order.counts_from_bytes(path.read_bytes(), self.identity.vocab_size)
+        except (InputError, KeyError) as error:
+            raise InputError(f"{path}: {error}") from error
 
 
 def open_store(directory: str | os.PathLike[str]) -> Store:

@@ -9,7 +9,7 @@ import numpy as np
 
 from distill_jax import artifacts, models, progress
 from distill_jax.artifacts import InputError
-from distill_jax.teachers import codec, sampling
+from distill_jax.teachers import sampling
 from distill_jax.teachers.forward import ask_teacher, labels
 from distill_jax.teachers.manifest import read_manifest, teacher_fingerprint
 from distill_jax.teachers.store import Store, open_store
@@ -155,9 +155,8 @@ def _ask(model: models.Model, store: Store, record: Mapping[str, Any]) -> dict[s
         chunk_tokens=WriteConfig().chunk_tokens,
     )
     row = {name: np.asarray(values[0]) for name, values in encoded.items()}
-    data = encode_row(identity, row, segment_ids, row_id=record["row_id"], key=key).data
-    columns = identity.scheme.columns(identity.vocab_size)
-    decoded = codec.decode(columns, data, key, tokens=len(tokens), width=identity.scheme.width)
+    data = encode_row(store.codec, row, segment_ids, row_id=record["row_id"], key=key).data
+    decoded = store.codec.decode(data, key, identity.scheme.width)
     return identity.scheme.unpack(decoded)
 
 

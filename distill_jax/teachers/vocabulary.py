@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 LEAST_SURPRISE = 2.0**-24
-"""The log-probability of a label is at most minus this (the least float16), so that 0 is free to
-say that there is no label."""
+"""The log-probability of a label is at most minus this, so that 0 is free to say that there is no
+label."""
 
 
 def total(values: jax.Array, axis: str | None) -> jax.Array:

@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding
 
 from distill_jax import models, progress
 from distill_jax.artifacts import InputError
-from distill_jax.teachers import codec, sampling
+from distill_jax.teachers import order, sampling
+from distill_jax.teachers.codec import Codec
 from distill_jax.teachers.forward import HiddenStates, ask_teacher, labels
 from distill_jax.teachers.manifest import Identity, Manifest, teacher_fingerprint
 from distill_jax.teachers.schemes import Scheme
@@ -105,9 +106,11 @@ def write_stores(
         raise InputError(f"temperature: {temperature} is not positive")
     if not len(corpus):
         raise InputError(f"corpus {corpus.fingerprint}: has no rows")
+    identities = _identities(schemes, model, corpus, temperature, config)
+    counts = _count_tokens(corpus, next(iter(identities.values())))
     writers = {
-        name: StoreWriter(directories[name], identity)
-        for name, identity in _identities(schemes, model, corpus, temperature, config).items()
+        name: StoreWriter(directories[name], identity, counts)
+        for name, identity in identities.items()
     }
     forward = functools.partial(
         ask_teacher,
@@ -147,6 +150,21 @@ def _identities(
         )
         for name, scheme in schemes.items()
     }
+
+
+def _count_tokens(corpus: Corpus, identity: Identity) -> np.ndarray:
+    """How often each id occurs in the corpus, or in rows spread over a large one."""
+
+    def records() -> Iterator[Mapping[str, Any]]:
+        rows = order.sampled_rows(len(corpus), corpus.sequence_length)
+        with progress.bar("count tokens", len(rows), unit="rows") as bar:
+            for row in rows.tolist():
+                record = corpus[row]
+                _check_row(record, row, identity)
+                bar.advance()
+                yield record
+
+    return order.count_tokens(records(), identity.vocab_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,7 +256,7 @@ class _PendingShard:
         for place, (row_id, key) in enumerate(zip(batch.row_ids, batch.keys)):
             arrays = {name: values[place] for name, values in encoded.items()}
             record = encode_row(
-                self._writer.identity, arrays, batch.segment_ids_BT[place], row_id=row_id, key=key
+                self._writer.codec, arrays, batch.segment_ids_BT[place], row_id=row_id, key=key
             )
             self._records.append(record)
         if batch.last:
@@ -247,7 +265,7 @@ class _PendingShard:
 
 
 def encode_row(
-    identity: Identity,
+    codec: Codec,
     arrays: Mapping[str, np.ndarray],
     segment_ids_T: np.ndarray,
     *,
@@ -263,7 +281,7 @@ def encode_row(
     """
     real_T = segment_ids_T > 0
     if not np.isfinite(arrays["entropy"][real_T]).all():
-        raise InputError(f"teacher {identity.teacher}: its logits for row {row_id} are not finite")
+        raise InputError(f"teacher {codec.teacher}: its logits for row {row_id} are not finite")
     arrays = {
         name: np.where(real_T, values, 0) if values.ndim == 1 else values
         for name, values in arrays.items()
@@ -271,8 +289,9 @@ def encode_row(
     return Record(
         row_id=row_id,
         key=key,
-        data=codec.encode(identity.scheme.columns(identity.vocab_size), arrays, key),
+        data=codec.encode(arrays, key),
         tokens=int(real_T.sum()),
+        labels=int(np.count_nonzero(arrays["label_log_prob"])),
         width=int(arrays["length"].max()),
     )
 

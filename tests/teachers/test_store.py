@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 
 from distill_jax import artifacts, teachers
 from distill_jax.artifacts import InputError
-from distill_jax.teachers import codec, shards
-from distill_jax.teachers.manifest import Identity
+from distill_jax.teachers import shards
+from distill_jax.teachers.manifest import Identity, make_codec
 from distill_jax.teachers.shards import Record, StoreWriter
 
 ROWS, PER_SHARD, TIME = 7, 3, 4
@@ -27,27 +27,33 @@ def identity(**changes):
     return Identity(**fields | changes)
 
 
+# Every id's frequency in a corpus; half of them never occur.
+TOKEN_COUNTS = np.maximum(np.random.default_rng(7).integers(-50, 50, 70_000), 0)
+
+
 def columns_of(row):
+    """Ids of a token from frequent to rare, as a store gives them back."""
     rng = np.random.default_rng(row)
+    ids = rng.integers(0, 70_000, (TIME, 4))
     return {
         "length": rng.integers(1, 5, TIME),
-        "entropy": rng.random(TIME).astype(np.float16),
-        "label_log_prob": -rng.random(TIME).astype(np.float16) * (np.arange(TIME) < TIME - 1),
-        "ids": rng.integers(0, 70_000, (TIME, 4)),
+        "entropy": rng.integers(0, 200, TIME) / 32,
+        "label_log_prob": -rng.integers(1, 400, TIME) / 32 * (np.arange(TIME) < TIME - 1),
+        "ids": np.array([sorted(some, key=lambda i: (-TOKEN_COUNTS[i], i)) for some in ids]),
         "counts": rng.integers(1, 5, (TIME, 4)),
     }
 
 
 def record_of(row):
     columns, key = columns_of(row), f"key{row}"
-    data = codec.encode(SCHEME.columns(70_000), columns, key)
+    data = make_codec(identity(), TOKEN_COUNTS).encode(columns, key)
     width = int(columns["length"].max())
-    return Record(row_id=row, key=key, data=data, tokens=TIME, width=width)
+    return Record(row_id=row, key=key, data=data, tokens=TIME, labels=TIME - 1, width=width)
 
 
 def write(directory):
     """Writes, or goes on writing, a store without any model."""
-    writer = StoreWriter(directory, identity())
+    writer = StoreWriter(directory, identity(), TOKEN_COUNTS)
     for shard in writer.missing():
         writer.commit(shard, [record_of(row) for row in identity().shard_rows(shard)])
     return writer.finish()
@@ -150,18 +156,18 @@ def test_a_writer_killed_at_any_boundary_ends_with_the_same_bytes(written, tmp_p
 
 
 def test_a_second_writer_starts_at_the_first_missing_shard(tmp_path):
-    writer = StoreWriter(tmp_path, identity())
+    writer = StoreWriter(tmp_path, identity(), TOKEN_COUNTS)
     writer.commit(0, [record_of(row) for row in range(3)])
-    assert StoreWriter(tmp_path, identity()).missing() == [1, 2]
+    assert StoreWriter(tmp_path, identity(), TOKEN_COUNTS).missing() == [1, 2]
     with pytest.raises(InputError, match=r"no store\.json"):
         teachers.open_store(tmp_path)
     write(tmp_path)
-    assert StoreWriter(tmp_path, identity()).missing() == []
+    assert StoreWriter(tmp_path, identity(), TOKEN_COUNTS).missing() == []
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_other_targets_are_not_overwritten(tmp_path, finished):
-    StoreWriter(tmp_path, identity())
+    StoreWriter(tmp_path, identity(), TOKEN_COUNTS)
     if finished:
         write(tmp_path)
     before = contents(tmp_path)
@@ -171,7 +177,7 @@ def test_other_targets_are_not_overwritten(tmp_path, finished):
         ({"scheme": teachers.RandomSampling(draws=5)}, "scheme.draws: 4 -> 5"),
     ):
         with pytest.raises(InputError, match=f"already holds other targets.*{message}"):
-            StoreWriter(tmp_path, identity(**changes))
+            StoreWriter(tmp_path, identity(**changes), TOKEN_COUNTS)
     assert contents(tmp_path) == before
 
 
@@ -210,7 +216,7 @@ def test_damage_is_noticed_at_reading_too(copy):
 def test_a_record_replaced_by_a_valid_one_is_noticed(copy):
     """The container's own checksums fit here; ours bind a record to its row."""
     swapped = [record_of(row) for row in (3, 5, 4)]
-    StoreWriter(copy / "other", identity()).commit(1, swapped)
+    StoreWriter(copy / "other", identity(), TOKEN_COUNTS).commit(1, swapped)
     name = shards.shard_name(identity(), 1)
     (copy / "other" / name).replace(copy / name)
     with pytest.raises(InputError, match=r"row 4 is damaged .*checksum"):
@@ -221,7 +227,7 @@ def test_a_record_replaced_by_a_valid_one_is_noticed(copy):
     ("change", "message"),
     [
         (lambda value: value.pop("identity"), "not the manifest of a store"),
-        (lambda value: value["identity"].update(codec=99), "codec 99, this program reads 1"),
+        (lambda value: value["identity"].update(codec=1), "codec 1, this program reads 2"),
         (lambda value: value["identity"].update(temperature=2.0), "was changed after"),
         (lambda value: value.update(width=1), "was changed after"),
         (lambda value: value.pop("checksum"), "not the manifest of a store"),
@@ -242,6 +248,16 @@ def test_a_missing_shard_is_named(copy):
         teachers.open_store(copy)
     with pytest.raises(InputError, match="no such file"):
         teachers.open_store(copy / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: bytes([data[0] ^ 8]) + data[1:]]
+)
+def test_a_damaged_order_of_ids_is_noticed_at_opening(copy, damage):
+    path = copy / "token_counts.bin"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=r"token_counts\.bin: its hash does not fit"):
+        teachers.open_store(copy)
 
 
 def test_describe_accounts_for_every_byte_of_the_records(written):

@@ -62,7 +62,7 @@ def test_a_llama_says_what_its_logits_say(stores, model, corpus):
             logits = models.logits(model.config, model.params, tokens[None, place])[0]
             log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
             stored = np.take_along_axis(log_probs, targets["ids"][place], axis=-1)
-            np.testing.assert_allclose(targets["log_probs"][place], stored, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(targets["log_probs"][place], stored, atol=5e-4)
             assert (targets["ids"][place, 0] == log_probs.argmax(axis=-1)).mean() > 0.9
 
 

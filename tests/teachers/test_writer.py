@@ -54,6 +54,32 @@ def rows_by_key(directory):
     return {record["key"]: record["targets"] for record in (store[i] for i in range(len(store)))}
 
 
+def assert_alike(directory, other):
+    """The same ids and counts, and reals that are the same but for a few.
+
+    Log-probabilities summed in another order differ in their last bit, which now and then
+    decides to which neighbour on its grid one of them is rounded.
+    """
+    steps = {
+        "entropy": 32,
+        "label_log_prob": 32,
+        "log_probs": 4096,
+        "log_tail": 4096,
+        "weights": 64,
+    }
+    same = []
+    for name in SCHEMES:
+        expected, found = rows_by_key(directory / name), rows_by_key(other / name)
+        assert expected.keys() == found.keys()
+        for key, arrays in expected.items():
+            np.testing.assert_array_equal(found[key]["ids"], arrays["ids"])
+            for kind in arrays.keys() - {"ids"}:
+                close = {"rtol": 1e-6, "atol": 1.02 / steps[kind]}
+                np.testing.assert_allclose(found[key][kind], arrays[kind], **close)
+                same.append((found[key][kind] == arrays[kind]).ravel())
+    assert np.concatenate(same).mean() > 0.995
+
+
 @pytest.fixture(scope="module")
 def teacher():
     return make_teacher()
@@ -88,16 +114,16 @@ def test_top_k_of_every_token_against_float64(tmp_path, written, teacher, corpus
         real, targets = segment_ids > 0, store[row]["targets"]
         np.testing.assert_array_equal(targets["ids"][real], order[real, :5])
         ranked = np.take_along_axis(log_probs, order, axis=-1)
-        close = {"rtol": 6e-4, "atol": 1e-6}  # float16
+        close = {"rtol": 1e-5, "atol": 1 / 4096}
         np.testing.assert_allclose(targets["log_probs"][real], ranked[real, :5], **close)
         tail = np.log(np.exp(ranked[:, 5:]).sum(axis=-1))
         np.testing.assert_allclose(targets["log_tail"][real], tail[real], **close)
         entropy = -(np.exp(log_probs) * log_probs).sum(axis=-1)
-        np.testing.assert_allclose(targets["entropy"][real], entropy[real], **close)
+        np.testing.assert_allclose(targets["entropy"][real], entropy[real], atol=1 / 32)
         following = np.append(tokens[1:], 0)
         labelled = np.append(segment_ids[1:] == segment_ids[:-1], False) & real
         expected = np.where(labelled, log_probs[np.arange(len(tokens)), following], 0)
-        np.testing.assert_allclose(targets["label_log_prob"], expected, **close)
+        np.testing.assert_allclose(targets["label_log_prob"], expected, atol=1 / 32)
         assert (targets["log_probs"][~real] == -np.inf).all()
         assert (targets["log_tail"][~real] == 0).all()
 
@@ -116,7 +142,8 @@ def test_threshold_samples_sum_to_one_within_tau_and_skip_padding(written, corpu
         weights = store[row]["targets"]["weights"]
         assert weights.shape[1] == store.manifest.width <= 26
         real = segment_ids > 0
-        assert (np.abs(weights[real].sum(axis=-1) - 1) < 0.0401).all()
+        # And each of the exact ones within a step of 1/64.
+        assert (np.abs(weights[real].sum(axis=-1) - 1) < 0.0401 + 1 / 64).all()
         assert not weights[~real].any()
 
 
@@ -127,9 +154,9 @@ def test_threshold_samples_sum_to_one_within_tau_and_skip_padding(written, corpu
         teachers.WriteConfig(batch_rows=7, rows_per_shard=4, chunk_tokens=10_000),
     ],
 )
-def test_batch_and_chunk_change_no_byte(tmp_path, written, teacher, corpus, config):
+def test_batch_and_chunk_change_no_sample(tmp_path, written, teacher, corpus, config):
     write(tmp_path, teacher, corpus, config)
-    assert contents(tmp_path) == contents(written)
+    assert_alike(tmp_path, written)
 
 
 def test_order_and_shards_change_no_sample(tmp_path, written, teacher, corpus):
@@ -142,22 +169,16 @@ def test_order_and_shards_change_no_sample(tmp_path, written, teacher, corpus):
             jax.tree.map(np.testing.assert_array_equal, arrays, found[key])
 
 
-def test_four_devices_write_the_same_bytes(tmp_path, written, teacher, corpus):
+def test_four_devices_write_the_same(tmp_path, written, teacher, corpus):
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     write(tmp_path, teacher, corpus, sharding=NamedSharding(mesh, PartitionSpec("data")))
-    assert contents(tmp_path) == contents(written)
+    assert_alike(tmp_path, written)
 
 
 def test_devices_that_share_rows_and_vocabulary_write_the_same(tmp_path, written, teacher, corpus):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "tensor"))
     write(tmp_path, teacher, corpus, sharding=NamedSharding(mesh, PartitionSpec("data")))
-    for name in SCHEMES:
-        expected, found = rows_by_key(written / name), rows_by_key(tmp_path / name)
-        for key, arrays in expected.items():
-            np.testing.assert_array_equal(found[key]["ids"], arrays["ids"])
-            for kind, values in arrays.items():
-                # One unit in the last place of a float16.
-                np.testing.assert_allclose(found[key][kind], values, rtol=1e-3, err_msg=kind)
+    assert_alike(tmp_path, written)
 
 
 def test_the_logits_of_a_split_vocabulary_stay_where_they_are(teacher):
@@ -214,12 +235,13 @@ class Interrupted(Exception):
 
 
 class BrokenCorpus(ListCorpus):
-    """Ends the writer when a row is read."""
+    """Ends the writer when row 6 is read to be written: the first time, its tokens are counted."""
 
-    broken_at = 6
+    read = 0
 
     def __getitem__(self, index):
-        if index == self.broken_at:
+        self.read += index == 6
+        if self.read == 2:
             raise Interrupted
         return super().__getitem__(index)
 
@@ -235,10 +257,10 @@ def test_an_interrupted_writer_goes_on(tmp_path, written, teacher, corpus):
             return super().__getitem__(index)
 
     write(tmp_path, teacher, Counted(corpus.rows))
-    assert read == list(range(4, 10))
+    assert read == [*range(10), *range(4, 10)]
     assert contents(tmp_path) == contents(written)
     write(tmp_path, teacher, Counted(corpus.rows))
-    assert len(read) == 6
+    assert len(read) == 26
 
 
 def test_only_the_store_that_misses_a_shard_gets_it(tmp_path, written, teacher, corpus):

@@ -15,10 +15,10 @@ Arrays = dict[str, Any]
 """Arrays by the name of their column."""
 
 TOKEN_COLUMNS = (
-    Column(name="entropy", dtype="float16"),
-    Column(name="label_log_prob", dtype="float16"),
+    Column(name="entropy", steps=32),
+    Column(name="label_log_prob", steps=-32),
 )
-"""What every scheme stores of a token beside its ids."""
+"""What every scheme stores of a token beside its ids, in nats."""
 
 
 class Scheme(Protocol):

@@ -11,7 +11,7 @@ import numpy as np
 from distill_jax import losses
 from distill_jax.artifacts import InputError
 from distill_jax.teachers import sampling, vocabulary
-from distill_jax.teachers.codec import Column, unsigned
+from distill_jax.teachers.codec import Column
 from distill_jax.teachers.schemes.interface import (
     TOKEN_COLUMNS,
     Arrays,
@@ -67,16 +67,16 @@ class RandomSampling:
     def columns(self, vocab_size: int) -> tuple[Column, ...]:
         """Three values for every token, two for every id."""
         return (
-            Column(name="length", dtype=unsigned(self.draws)),
+            Column(name="length"),
             *TOKEN_COLUMNS,
-            Column(name="ids", dtype=unsigned(vocab_size - 1), counted_by="length"),
-            Column(name="counts", dtype=unsigned(self.draws), counted_by="length"),
+            Column(name="ids", counted_by="length"),
+            Column(name="counts", counted_by="length"),
         )
 
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """ids, weights [T, K]; weight 0 behind a token's last id."""
         return {
-            "ids": arrays["ids"].astype(np.int32),
+            "ids": arrays["ids"],
             "weights": arrays["counts"].astype(np.float32) / np.float32(self.draws),
             **unpack_tokens(arrays),
         }

@@ -12,7 +12,7 @@ import numpy as np
 from distill_jax import losses
 from distill_jax.artifacts import InputError
 from distill_jax.teachers import sampling, vocabulary
-from distill_jax.teachers.codec import Column, unsigned
+from distill_jax.teachers.codec import Column
 from distill_jax.teachers.schemes.interface import (
     TOKEN_COLUMNS,
     Arrays,
@@ -21,6 +21,9 @@ from distill_jax.teachers.schemes.interface import (
     token_arrays,
     unpack_tokens,
 )
+
+_TAU_STEPS = 1024
+"""A token's own log tau lies on a grid of so many steps in a nat."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,14 +99,14 @@ class Threshold:
         """
         if self.ids is not None and self.ids > vocab_size:
             raise InputError(f"Threshold.ids: {self.ids} ids of a vocabulary of {vocab_size}")
-        own_tau = () if self.ids is None else (Column(name="log_tau", dtype="float16"),)
+        own_tau = () if self.ids is None else (Column(name="log_tau", steps=-_TAU_STEPS),)
         return (
-            Column(name="length", dtype=unsigned(self.width)),
-            Column(name="exact", dtype=unsigned(self.width)),
+            Column(name="length"),
+            Column(name="exact"),
             *TOKEN_COLUMNS,
             *own_tau,
-            Column(name="ids", dtype=unsigned(vocab_size - 1), counted_by="length"),
-            Column(name="log_probs", dtype="float16", counted_by="exact", fill=-np.inf),
+            Column(name="ids", counted_by="length"),
+            Column(name="log_probs", counted_by="exact", steps=-64, mean_of_exp=True, fill=-np.inf),
         )
 
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -113,7 +116,7 @@ class Threshold:
         sampled = np.where(slot_K < arrays["length"][:, None], tau, np.float32(0))
         exact = slot_K < arrays["exact"][:, None]
         return {
-            "ids": arrays["ids"].astype(np.int32),
+            "ids": arrays["ids"],
             "weights": np.where(exact, np.exp(arrays["log_probs"]), sampled),
             **unpack_tokens(arrays),
         }
@@ -142,7 +145,5 @@ class Threshold:
         # Where fewer than K ids are possible at all, each of them is kept.
         least_N = jnp.where(probs_NK > 0, probs_NK, 1.0).min(axis=-1)
         log_tau_N = jnp.log(jnp.maximum(tau_N, least_N))
-        # What is stored must be what was used. Half a unit more, so that rounding is upwards, which
-        # keeps no more than K ids.
-        raised_N = log_tau_N + jnp.abs(log_tau_N) * 2.0**-11
-        return raised_N.astype(jnp.float16).astype(jnp.float32)
+        # What is stored must be what was used. Rounding is upwards, which keeps no more than K ids.
+        return jnp.minimum(jnp.ceil(log_tau_N * _TAU_STEPS) / _TAU_STEPS, 0.0)

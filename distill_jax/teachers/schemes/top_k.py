@@ -11,7 +11,7 @@ import numpy as np
 from distill_jax import losses
 from distill_jax.artifacts import InputError
 from distill_jax.teachers import vocabulary
-from distill_jax.teachers.codec import Column, unsigned
+from distill_jax.teachers.codec import Column
 from distill_jax.teachers.schemes.interface import (
     TOKEN_COLUMNS,
     Arrays,
@@ -25,10 +25,10 @@ from distill_jax.teachers.schemes.interface import (
 class TopK:
     """The exact probabilities of the k most likely ids, and the mass of all others.
 
-    Log-probabilities are kept as float16, whose error p |log p| 2^-12 in a probability is
-    never over 1e-4. The mass outside is kept too, so nothing is renormalised; yet which ids
-    share it is lost, and a student trained on k = 12 falls behind plain cross-entropy
-    (Anshumann et al. 2025, Sparse Logit Sampling): prefer `RandomSampling` for pre-training.
+    Probabilities are kept to 0.025% and without bias. The mass outside is kept too, so nothing is
+    renormalised; yet which ids share it is lost, and a student trained on k = 12 falls behind
+    plain cross-entropy (Anshumann et al. 2025, Sparse Logit Sampling): prefer `Threshold` for
+    pre-training.
 
     Attributes:
       k: ids kept for every token.
@@ -75,19 +75,25 @@ class TopK:
         if self.k > vocab_size:
             raise InputError(f"TopK.k: {self.k} ids of a vocabulary of {vocab_size}")
         return (
-            Column(name="length", dtype=unsigned(self.k)),
+            Column(name="length"),
             *TOKEN_COLUMNS,
-            Column(name="log_tail", dtype="float16"),
-            Column(name="ids", dtype=unsigned(vocab_size - 1), counted_by="length"),
-            Column(name="log_probs", dtype="float16", counted_by="length", fill=-np.inf),
+            Column(name="log_tail", steps=-4096, mean_of_exp=True),
+            Column(name="ids", counted_by="length"),
+            Column(
+                name="log_probs", counted_by="length", steps=-4096, mean_of_exp=True, fill=-np.inf
+            ),
         )
 
     def unpack(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """ids, log_probs [T, K], log_tail [T]; padding has all its mass in the tail."""
+        """ids, log_probs [T, K], log_tail [T]; padding has all its mass in the tail.
+
+        A token's ids are likeliest first, equals in the order of the store.
+        """
         log_tail = np.where(arrays["length"] > 0, arrays["log_tail"], np.float32(0))
+        likeliest_TK = np.argsort(-arrays["log_probs"], axis=-1, kind="stable")
         return {
-            "ids": arrays["ids"].astype(np.int32),
-            "log_probs": arrays["log_probs"],
+            "ids": np.take_along_axis(arrays["ids"], likeliest_TK, axis=-1),
+            "log_probs": np.take_along_axis(arrays["log_probs"], likeliest_TK, axis=-1),
             "log_tail": log_tail,
             **unpack_tokens(arrays),
         }
