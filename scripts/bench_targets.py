@@ -32,7 +32,7 @@ def show(title: str, columns: tuple[str, ...], rows: list[tuple]) -> None:
     table = rich.table.Table(*columns, title=title)
     for row in rows:
         table.add_row(*(x if isinstance(x, str) else f"{x:,.3g}" for x in row))
-    rich.console.Console(stderr=True).print(table)
+    rich.console.Console(stderr=True, width=100).print(table)
 
 
 def bench(problem: problems.Problem, name: str, options: argparse.Namespace) -> dict:
@@ -80,10 +80,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--distillkit", help="a checkout of arcee-ai/DistillKit")
     options = parser.parse_args()
-    synthetic = problems.synthetic(1 if options.quick else 8, TOKENS)
+    synthetic = problems.synthetic(1 if options.quick else 4, TOKENS)
     found = {"synthetic": bench(synthetic, "synthetic, V = 128256", options)}
     if not options.quick:
-        found["smollm2"] = bench(problems.smollm2(8, TOKENS), "SmolLM2-135M, V = 49152", options)
+        found["smollm2"] = bench(problems.smollm2(4, TOKENS), "SmolLM2-135M, V = 49152", options)
     quality = {}
     if importlib.util.find_spec("quality"):
         quality = importlib.import_module("quality").measure(quick=options.quick)

@@ -70,7 +70,7 @@ class Ours(Format):
 
 
 class Npz(Format):
-    name = "numpy npz, compressed"
+    name = "npz, compressed"
 
     def write(self, directory, rows):
         for index, row in enumerate(rows):
@@ -133,7 +133,7 @@ def _table(row: Row) -> pa.Table:
 class RawArrayRecord(Format):
     """A record of raw arrays for each row, as MaxText keeps a teacher's top k, under zstd."""
 
-    name = "ArrayRecord of raw arrays"
+    name = "raw ArrayRecord"
 
     def write(self, directory, rows):
         writer = array_record_module.ArrayRecordWriter(
@@ -162,14 +162,15 @@ _RAW = ("ids", "weights", "entropy", "label_log_prob")
 
 
 class DistillKit(Format):
-    """The 12 largest weights, in bfloat16, by DistillKit's own code; lists of bytes in parquet.
+    """Weights in bfloat16 by DistillKit's own code; lists of bytes in parquet.
 
-    It has no ragged form, entropy or label. `checkout` is a clone of arcee-ai/DistillKit.
+    It has no ragged form, so k is the width, and no entropy or label. `checkout` is a clone of
+    arcee-ai/DistillKit.
     """
 
-    name = "DistillKit, k = 12"
+    name = "DistillKit"
 
-    def __init__(self, checkout: str, vocab: int, ids: int = 12):
+    def __init__(self, checkout: str, vocab: int, ids: int):
         import torch
 
         # Its compression alone: the package itself imports a whole trainer.
@@ -226,5 +227,9 @@ class DistillKit(Format):
 
 def peers(problem: Problem, distillkit: str | None) -> list[Format]:
     """Every format but ours; DistillKit's only where a checkout is given."""
-    theirs = [DistillKit(distillkit, problem.vocab)] if distillkit else []
+    theirs = (
+        [DistillKit(distillkit, problem.vocab, problem.rows[0]["ids"].shape[1])]
+        if distillkit
+        else []
+    )
     return [Npz(), Safetensors(), Parquet(), RawArrayRecord(), *theirs]

@@ -1,3 +1,4 @@
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -58,6 +59,17 @@ def test_numbers_out_of_range_are_refused(number):
 def deflated(symbols):
     deflate = zlib.compressobj(wbits=-15)
     return deflate.compress(bytes(symbols)) + deflate.flush()
+
+
+def test_a_small_record_cannot_ask_for_much_memory():
+    bomb = deflated(bytes(50_000_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(bits.Unreadable, match="no end"):
+            bits.unpack(bomb, at_most=1000)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,8 @@ def test_top_k_of_every_token_against_float64(tmp_path, written, teacher, corpus
         directory = tmp_path
         write(directory, teacher, corpus, temperature=temperature)
     store = teachers.open_store(directory / "top")
+    following = [np.append(ids[1:] == ids[:-1], False) & (ids > 0) for _, ids in corpus.rows]
+    assert store.manifest.labels == np.sum(following)
     for row, (tokens, segment_ids) in enumerate(corpus.rows):
         logits = teacher.table[tokens].astype(np.float64) / temperature
         log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
