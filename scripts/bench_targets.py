@@ -10,7 +10,6 @@ Size counts every file of a store. Quality is in `targets/quality.py`.
 """
 
 import argparse
-import importlib.util
 import json
 import pathlib
 import sys
@@ -21,6 +20,7 @@ import rich.table
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "targets"))
 
 import problem as problems
+import quality
 import size
 import speed
 
@@ -84,19 +84,17 @@ def main() -> None:
     found = {"synthetic": bench(synthetic, "synthetic, V = 128256", options)}
     if not options.quick:
         found["smollm2"] = bench(problems.smollm2(4, TOKENS), "SmolLM2-135M, V = 49152", options)
-    quality = {}
-    if importlib.util.find_spec("quality"):
-        quality = importlib.import_module("quality").measure(quick=options.quick)
+    errors = quality.measure(quick=options.quick)
     figures = found["synthetic"]
     summary = {
         "bytes_per_id": figures["size"]["bytes_per_id"],
         "bytes_per_token": figures["size"]["bytes_per_token"],
-        "mse_threshold_over_random": quality.get("mse_threshold_over_random"),
-        "bias_z_max": quality.get("bias_z_max"),
+        "mse_threshold_over_random": errors["mse_threshold_over_random"],
+        "bias_z_max": errors["bias_z_max"],
         **figures["speed"][OURS],
     }
     if options.json:
-        print(json.dumps(summary if options.quick else {**summary, **found, "quality": quality}))
+        print(json.dumps(summary if options.quick else {**summary, **found, "quality": errors}))
 
 
 if __name__ == "__main__":
