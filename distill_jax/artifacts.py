@@ -1,10 +1,11 @@
 """What every room needs to read inputs and to leave results that a crash cannot spoil."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -65,11 +66,21 @@ def hash_file(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Lets an OSError that names no file, such as a full disk's, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file whole or not at all: temporary name, fsync, rename."""
     place = epath.Path(path)
     temporary = place.parent / f".{place.name}.tmp"
-    with temporary.open("wb") as file:
+    with naming(place), temporary.open("wb") as file:
         file.write(data)
         file.flush()
         if "://" not in str(place):

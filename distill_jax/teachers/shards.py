@@ -6,10 +6,13 @@ function of the store's identity alone, so a writer that was killed at any momen
 again ends with the same bytes as one that was left alone.
 """
 
+import contextlib
 import dataclasses
+import io
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -137,9 +140,11 @@ class StoreWriter:
     def _seal(self) -> None:
         shards = [artifacts.read_json(self._contents(i)) for i in range(self.identity.shards)]
         keys = np.array([key for shard in shards for key in shard["keys"]], np.bytes_)
-        with (self.directory / KEYS).open("wb") as file:
-            np.save(file, keys, allow_pickle=False)
-        (self.directory / TOKEN_COUNTS).write_bytes(order.counts_to_bytes(self._token_counts))
+        file = io.BytesIO()
+        np.save(file, keys, allow_pickle=False)
+        counts = order.counts_to_bytes(self._token_counts)
+        artifacts.write_bytes(self.directory / KEYS, file.getvalue())
+        artifacts.write_bytes(self.directory / TOKEN_COUNTS, counts)
         _write_metadata(self.directory, self.identity)
         files = {shard_name(self.identity, i): shard["hash"] for i, shard in enumerate(shards)}
         for name in (KEYS, TOKEN_COUNTS, "dataset_info.json", "features.json"):
@@ -175,7 +180,7 @@ def _sync(path: pathlib.Path) -> None:
 def _write_array_record(path: pathlib.Path, records: list[Record]) -> None:
     serializer = tfds.core.example_serializer.ExampleSerializer(features().get_serialized_info())
     writer = array_record_module.ArrayRecordWriter(str(path), _ARRAY_RECORD_OPTIONS)
-    try:
+    with _disk_errors(), contextlib.closing(writer):
         for record in records:
             example: dict[str, Any] = {
                 "row_id": record.row_id,
@@ -185,8 +190,15 @@ def _write_array_record(path: pathlib.Path, records: list[Record]) -> None:
             # TFDS's own `serialize_example` leaves the order of a protobuf map to chance.
             proto = serializer.get_tf_example(example)
             writer.write(proto.SerializeToString(deterministic=True))
-    finally:
-        writer.close()
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Makes the OSError that it is of what ArrayRecord raises; its message names the file."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def _write_metadata(directory: pathlib.Path, identity: Identity) -> None:
@@ -213,4 +225,5 @@ def _write_metadata(directory: pathlib.Path, identity: Identity) -> None:
     info = tfds.core.DatasetInfo(builder=dataset, features=features())
     info.set_file_format(_FORMAT)
     info.set_splits(tfds.core.splits.SplitDict([split]))
-    info.write_to_directory(directory)
+    with artifacts.naming(directory):
+        info.write_to_directory(directory)

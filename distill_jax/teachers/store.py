@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from distill_jax import artifacts, losses
 from distill_jax.artifacts import InputError
 from distill_jax.teachers import order
+from distill_jax.teachers.codec import CorruptRecord
 from distill_jax.teachers.manifest import Identity, Manifest, make_codec, read_manifest
 from distill_jax.teachers.schemes import Scheme
 from distill_jax.teachers.shards import KEYS, SPLIT, TOKEN_COUNTS, shard_name
@@ -31,15 +32,15 @@ class Store:
         """Opens a store; `open_store` is the public name.
 
         Raises:
-          InputError: the store is not finished, a file is missing, or the counts of the corpus,
-            which give the order of the ids, are damaged.
+          InputError: the store is not finished, or a file is missing or damaged; damage of a
+            shard shows when its records are read.
         """
         self.directory = pathlib.Path(directory)
         self.manifest: Manifest = read_manifest(directory)
-        for name in self.manifest.files:
-            if not (self.directory / name).exists():
-                raise InputError(f"{self.directory / name}: missing from the store")
-        self.codec = make_codec(self.identity, self._token_counts())
+        self._check_files()
+        counts = (self.directory / TOKEN_COUNTS).read_bytes()
+        token_counts = order.counts_from_bytes(counts, self.identity.vocab_size)
+        self.codec = make_codec(self.identity, token_counts)
         self._records = tfds.builder_from_directory(self.directory).as_data_source(SPLIT)
         self._keys = np.load(self.directory / KEYS, mmap_mode="r", allow_pickle=False)
         self._by_key: np.ndarray | None = None
@@ -85,6 +86,8 @@ class Store:
         key = self._keys[position].decode()
         try:
             record = self._records[position]
+            if record["record"] is None:  # so reads a shard cut to a multiple of 64 KiB
+                raise CorruptRecord("it is empty")
             result = use(record["record"], key, self.manifest.width)
         except (ValueError, RuntimeError, IndexError, KeyError) as error:
             shard = shard_name(self.identity, position // self.identity.rows_per_shard)
@@ -107,22 +110,22 @@ class Store:
         """What the losses take, from a batch's arrays of this store; jit-able."""
         return self.scheme.targets(arrays, self.identity.temperature)
 
-    def _token_counts(self) -> np.ndarray:
-        # A record's checksum cannot tell whether its ids are read in the right order.
-        path = self.directory / TOKEN_COUNTS
-        try:
-            if artifacts.hash_file(path) != self.manifest.files[TOKEN_COUNTS]:
-                raise InputError("its hash does not fit the manifest")
-            return order.counts_from_bytes(path.read_bytes(), self.identity.vocab_size)
-        except (InputError, KeyError) as error:
-            raise InputError(f"{path}: {error}") from error
+    def _check_files(self) -> None:
+        """Looks for all files and hashes all but the shards, whose records have checksums."""
+        shards = {shard_name(self.identity, shard) for shard in range(self.identity.shards)}
+        for name, expected in self.manifest.files.items():
+            path = self.directory / name
+            if not path.exists():
+                raise InputError(f"{path}: missing from the store")
+            if name not in shards and artifacts.hash_file(path) != expected:
+                raise InputError(f"{path}: its hash does not fit the manifest")
 
 
 def open_store(directory: str | os.PathLike[str]) -> Store:
     """Opens a finished store of targets.
 
     Raises:
-      InputError: the store is not finished, or a file is missing.
+      InputError: the store is not finished, or a file is missing or damaged.
     """
     artifacts.resolve(directory)
     return Store(directory)

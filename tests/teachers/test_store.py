@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 
 import numpy as np
@@ -253,11 +254,41 @@ def test_a_missing_shard_is_named(copy):
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-1], lambda data: bytes([data[0] ^ 8]) + data[1:]]
 )
-def test_a_damaged_order_of_ids_is_noticed_at_opening(copy, damage):
-    path = copy / "token_counts.bin"
+@pytest.mark.parametrize(
+    "name", ["dataset_info.json", "features.json", "keys.npy", "token_counts.bin"]
+)
+def test_damage_of_a_small_file_is_noticed_at_opening(copy, name, damage):
+    path = copy / name
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=r"token_counts\.bin: its hash does not fit"):
+    with pytest.raises(InputError, match=rf"{name}: its hash does not fit"):
         teachers.open_store(copy)
+
+
+@pytest.mark.parametrize("length", [0, 1 << 16, (1 << 16) + 50, (1 << 17) - 1])
+def test_a_shard_cut_short_is_noticed_at_reading(copy, length):
+    path = copy / shards.shard_name(identity(), 1)
+    os.truncate(path, length)
+    store = teachers.open_store(copy)
+    store[2]
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"{path.name}: row 4 is damaged"):
+            store[4]
+
+
+@pytest.mark.parametrize("size", [100, 50_000])
+def test_a_full_disk_is_told_in_a_line_that_names_the_file(written, tmp_path, size):
+    """No file may grow beyond a size; here the first beyond it is the plan, or a shard."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large.*{tmp_path}") as failure:
+            write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(str(failure.value).splitlines()) == 1
+    assert not [name for name in contents(tmp_path) if name.startswith("teacher_targets")]
+    write(tmp_path)
+    assert contents(tmp_path) == contents(written)
 
 
 def test_describe_accounts_for_every_byte_of_the_records(written):
