@@ -19,6 +19,7 @@ import rich.table
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "targets"))
 
+import formats
 import problem as problems
 import quality
 import size
@@ -36,8 +37,9 @@ def show(title: str, columns: tuple[str, ...], rows: list[tuple]) -> None:
 
 
 def bench(problem: problems.Problem, name: str, options: argparse.Namespace) -> dict:
-    sizes = size.measure(problem, 1024, options.distillkit)
-    speeds = speed.measure(problem, 256, 3, options.distillkit, ours_only=options.quick)
+    peers = [] if options.quick else formats.peers(problem, options.distillkit)
+    sizes = size.measure(problem, 1024, peers)
+    speeds = speed.measure(problem, 256, 2 if options.quick else 3, peers)
     title = f"{name}: {sizes['mean_ids']:.2f} ids a token, tau {sizes['tau']:.4f}"
     total, an_id = sizes["bytes_per_token"], sizes["bytes_per_id"]
     show(
@@ -76,7 +78,9 @@ def bench(problem: problems.Problem, name: str, options: argparse.Namespace) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one row of the synthetic teacher")
+    parser.add_argument(
+        "--quick", action="store_true", help="one row of the synthetic teacher, ours alone"
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--distillkit", help="a checkout of arcee-ai/DistillKit")
     options = parser.parse_args()

@@ -225,7 +225,7 @@ class DistillKit(Format):
         return read
 
 
-def peers(problem: Problem, distillkit: str | None) -> list[Format]:
+def peers(problem: Problem, distillkit: str | None = None) -> list[Format]:
     """Every format but ours; DistillKit's only where a checkout is given."""
     theirs = (
         [DistillKit(distillkit, problem.vocab, problem.rows[0]["ids"].shape[1])]

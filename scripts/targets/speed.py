@@ -33,21 +33,14 @@ class Source:
         return {**self._corpus[index], "targets": {"teacher": self._read(index)}}
 
 
-def measure(
-    problem: Problem,
-    rows: int,
-    repeats: int,
-    distillkit: str | None = None,
-    ours_only: bool = False,
-) -> dict:
+def measure(problem: Problem, rows: int, repeats: int, peers: list[formats.Format]) -> dict:
     """{format: {"write_tokens_per_s", "read_tokens_per_s"}} of stores of so many rows."""
     found: dict[str, dict[str, float]] = {}
     corpus = Corpus(problem, rows)
     distinct = [problem.scheme.unpack(row) for row in problem.rows]
     unpacked = [distinct[row % len(distinct)] for row in range(rows)]
-    others = [] if ours_only else formats.peers(problem, distillkit)
     with tempfile.TemporaryDirectory() as scratch:
-        for form in [formats.Ours(problem, rows), *others]:
+        for form in [formats.Ours(problem, rows), *peers]:
             place = pathlib.Path(scratch) / "rows"
             seconds: dict[str, list[float]] = {"write": [], "read": []}
             for _ in range(repeats):
