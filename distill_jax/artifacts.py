@@ -68,11 +68,12 @@ def hash_file(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Lets an OSError that names no file, such as a full disk's, name `path`."""
+    """Lets the system's error that names no file, such as a full disk's, name `path`."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or os.fspath(path)
+        if error.errno is not None:  # others would lose their message by it
+            error.filename = error.filename or os.fspath(path)
         raise
 
 
