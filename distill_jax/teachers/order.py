@@ -1,9 +1,7 @@
 """The order in which a store numbers ids: the corpus's frequent ones first, where they cost less.
 
 What is kept in the store are the counts of a sample of the corpus's rows, so that the order is a
-function of the corpus. A teacher's runners-up are not the corpus's tokens, yet alike: on
-SmolLM2 the order saves 1.4 bits per stored id, and one made of the teacher's own probabilities
-would save 0.5 more.
+function of the corpus. A teacher's runners-up are not the corpus's tokens, yet alike enough.
 """
 
 from collections.abc import Iterable, Mapping

@@ -8,7 +8,7 @@ What pads and what stays ragged is as the format's users do it.
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -25,16 +25,14 @@ from distill_jax.teachers.writer import encode_row
 Row = Mapping[str, np.ndarray]
 
 
-class Format:
+class Format(Protocol):
     """A way to store rows."""
 
-    name = ""
+    name: str
 
-    def write(self, directory: pathlib.Path, rows: list[Row]) -> None:
-        raise NotImplementedError
+    def write(self, directory: pathlib.Path, rows: list[Row]) -> None: ...
 
-    def source(self, directory: pathlib.Path) -> Callable[[int], dict[str, Any]]:
-        raise NotImplementedError
+    def source(self, directory: pathlib.Path) -> Callable[[int], dict[str, Any]]: ...
 
 
 class Ours(Format):

@@ -208,3 +208,20 @@ def test_what_does_not_fit_is_refused():
         head(unembedding=unembedding[:, 1:])
     with pytest.raises(TypeError, match="no second derivative"):
         jax.grad(lambda h: jax.grad(lambda h: head(h).loss)(h).sum())(hidden)
+
+
+def test_only_logits_of_one_device_are_written_in_tiles():
+    """Elsewhere the compiler may have spread them, and would gather them to put tiles in order."""
+    hidden, unembedding, targets = jnp.ones((64, 4)), jnp.ones((4, 128)), {"labels": jnp.arange(64)}
+
+    def chooses(**where):
+        head = losses.sharded_fused_linear if where else losses.fused_linear
+
+        def loss(hidden):
+            return head(losses.hard_labels(), hidden, unembedding, targets, chunk=8, **where).loss
+
+        return "platform_index" in str(jax.make_jaxpr(jax.grad(loss))(hidden))
+
+    assert chooses(mesh=make_mesh(4, 2, 1))
+    assert not chooses(mesh=make_mesh(4, 1, 2))
+    assert not chooses()
