@@ -44,22 +44,24 @@ def result_and_gradient(
         nothing = (where_N == 0).reshape(-1, *[1] * (values.ndim - 1))
         return jnp.where(nothing, 0.0, values)
 
-    clean_NV = masked(logits_NV)
-    lookups = _record(loss, clean_NV)
+    lookups = _record(loss, logits_NV)
     if _few(lookups, logits_NV.shape[1]):
-        seen = _look_up(clean_NV, lookups, local)
+        seen = _look_up(logits_NV, lookups, local)
 
         def of_answers(answers):
-            return loss(_replay(clean_NV, lookups, jax.tree.map(masked, answers)))
+            return loss(_replay(seen, lookups, jax.tree.map(masked, answers)))
 
         try:
             bars, result = jax.grad(of_answers, has_aux=True)(seen.answers)
         except _Changed:
             pass
         else:
-            return result, _spread(seen, bars, dtype, local)
-    gradient_NV, result = jax.grad(lambda logits: loss(masked(logits)), has_aux=True)(logits_NV)
-    return result, gradient_NV.astype(dtype)
+            everywhere_NV, at_ids_NU = _spread(seen, lookups, bars)
+            gradient_NV = masked(everywhere_NV).astype(dtype)
+            updates_NU = masked(at_ids_NU).astype(dtype)
+            return result, _set(gradient_NV, seen.ids_NU, updates_NU, local)
+    gradient_NV, result = jax.grad(loss, has_aux=True)(logits_NV)
+    return result, masked(gradient_NV).astype(dtype)
 
 
 class _Changed(Exception):
@@ -87,7 +89,7 @@ def _record(loss: Callable[[Any], Any], logits_NV: jax.Array) -> list[sparse.Loo
 
 
 def _replay(
-    logits_NV: jax.Array, lookups: Sequence[sparse.Lookup], answers: Sequence[Any]
+    seen: "_Seen", lookups: Sequence[sparse.Lookup], answers: Sequence[Any]
 ) -> sparse.Lookups:
     """A stand-in that gives `answers` to `lookups`, in this order."""
     expected = iter(zip(lookups, answers, strict=True))
@@ -99,7 +101,7 @@ def _replay(
             break
         raise _Changed
 
-    return sparse.Lookups(logits_NV.shape, sparse.largest(logits_NV), answer)
+    return sparse.Lookups(seen.rest_NV.shape, seen.largest, answer)
 
 
 def _few(lookups: Sequence[sparse.Lookup], vocabulary: int) -> bool:
@@ -108,16 +110,14 @@ def _few(lookups: Sequence[sparse.Lookup], vocabulary: int) -> bool:
 
 
 class _Sum(NamedTuple):
-    """The sum of exp(logits / T - shift) that a lookup takes the logarithm of.
+    """The sum of exp((logits - largest) / T - shift) that a lookup takes the logarithm of.
 
     Attributes:
-      temperature: T.
       counts_NU: which of all ids it counts.
-      shift: [N].
+      shift: [N], so that the largest of what is summed is 1.
       total: [N]; 1 where there is nothing to sum.
     """
 
-    temperature: float
     counts_NU: jax.Array
     shift: jax.Array
     total: jax.Array
@@ -127,18 +127,27 @@ class _Seen(NamedTuple):
     """What all lookups together see of logits.
 
     Attributes:
-      rest_NV: logits less the largest one; -inf at all ids if some lookup excludes ids.
+      largest: [N], the largest logit.
+      rest_NV: the logits less the largest one; -inf at all ids if some lookup excludes ids.
+      top: [N], the largest of those.
       ids_NU: the ids of all lookups.
       logits_NU: the logits there, less the largest one.
       sums: of every lookup.
       answers: picked [N, K] and log_sum [N] of every lookup.
     """
 
+    largest: jax.Array
     rest_NV: jax.Array
+    top: jax.Array
     ids_NU: jax.Array
     logits_NU: jax.Array
     sums: list[_Sum]
     answers: list[tuple[jax.Array, jax.Array]]
+
+    def exps(self, temperature: float) -> jax.Array:
+        """exp((rest - top) / T), [N, V]."""
+        top = jnp.where(jnp.isneginf(self.top), 0.0, self.top)
+        return jnp.exp((self.rest_NV - top[:, None]) / temperature)
 
 
 def _look_up(logits_NV: jax.Array, lookups: Sequence[sparse.Lookup], local: bool) -> _Seen:
@@ -148,62 +157,69 @@ def _look_up(logits_NV: jax.Array, lookups: Sequence[sparse.Lookup], local: bool
     than another one adds the few that it counts.
     """
     ids_NU = jnp.concatenate([lookup.ids for lookup in lookups], axis=-1)
+    largest = sparse.largest(logits_NV)
     logits_NU = sparse.take(logits_NV, ids_NU)
     # Taken before -inf is written: otherwise the compiler copies the logits to write it.
     logits_NU, rest_NV = jax.lax.optimization_barrier((logits_NU, logits_NV))
     some_excluded = any(lookup.exclude for lookup in lookups)
     if some_excluded:
         rest_NV = _set(rest_NV, ids_NU, jnp.full_like(logits_NU, -jnp.inf), local)
-    largest_N1 = sparse.largest(logits_NV)[:, None]
-    rest_NV, logits_NU = rest_NV - largest_N1, logits_NU - largest_N1
+    rest_NV, logits_NU = rest_NV - largest[:, None], logits_NU - largest[:, None]
+    top = jnp.max(rest_NV, axis=-1) if some_excluded else jnp.zeros_like(largest)
+    seen = _Seen(largest, rest_NV, top, ids_NU, logits_NU, [], [])
     valid_NU = ids_NU < logits_NV.shape[1]
     first_NU = valid_NU & ~jnp.any(jnp.tril(_equal(ids_NU, ids_NU), -1), axis=-1)
+    rest = {t: jnp.sum(seen.exps(t), axis=-1) for t in {one.temperature for one in lookups}}
 
-    def sum_up(lookup: sparse.Lookup) -> tuple[_Sum, jax.Array]:
-        parts = [rest_NV / lookup.temperature]
-        counts_NU, shift = jnp.ones_like(valid_NU), jnp.zeros_like(largest_N1[:, 0])
+    def sum_up(lookup: sparse.Lookup, softened_NU: jax.Array) -> tuple[_Sum, jax.Array]:
+        if not some_excluded:
+            total = rest[lookup.temperature]
+            everything = _Sum(jnp.ones_like(valid_NU), jnp.zeros_like(total), total)
+            return everything, jnp.log(total)
+        counts_NU = jnp.ones_like(valid_NU)
         if lookup.exclude:
             counts_NU = ~jnp.any(_equal(ids_NU, lookup.ids), axis=-1)
-        if some_excluded:
-            beside_NU = jnp.where(first_NU & counts_NU, logits_NU / lookup.temperature, -jnp.inf)
-            parts.append(beside_NU)
-            # Relative to the largest of what is summed, which may be far below 0.
-            shift = functools.reduce(jnp.maximum, (jnp.max(part, axis=-1) for part in parts))
-            shift = jnp.where(jnp.isneginf(shift), 0.0, shift)
-        sums = (jnp.sum(jnp.exp(part - shift[:, None]), axis=-1) for part in parts)
-        total = functools.reduce(jnp.add, sums)
-        log_sum = jnp.log(total) + shift
-        total = jnp.where(total == 0, 1.0, total)  # nothing is there to sum
-        return _Sum(lookup.temperature, counts_NU, shift, total), log_sum
+        beside_NU = jnp.where(first_NU & counts_NU, softened_NU, -jnp.inf)
+        height = top / lookup.temperature
+        # Relative to the largest of what is summed, which may be far below 0.
+        shift = jnp.maximum(height, jnp.max(beside_NU, axis=-1))
+        shift = jnp.where(jnp.isneginf(shift), 0.0, shift)
+        total = rest[lookup.temperature] * jnp.exp(height - shift)
+        total = total + jnp.sum(jnp.exp(beside_NU - shift[:, None]), axis=-1)
+        nothing = total == 0
+        return _Sum(counts_NU, shift, jnp.where(nothing, 1.0, total)), jnp.log(total) + shift
 
-    sums, answers, start = [], [], 0
+    start = 0
     for lookup in lookups:
         stop = start + lookup.ids.shape[-1]
-        one, log_sum = sum_up(lookup)
-        sums.append(one)
-        answers.append((logits_NU[:, start:stop] / lookup.temperature, log_sum))
+        softened_NU = seen.logits_NU / lookup.temperature
+        one, log_sum = sum_up(lookup, softened_NU)
+        seen.sums.append(one)
+        seen.answers.append((softened_NU[:, start:stop], log_sum))
         start = stop
-    return _Seen(rest_NV, ids_NU, logits_NU, sums, answers)
+    return seen
 
 
-def _spread(seen: _Seen, bars: Sequence[Any], dtype: Any, local: bool) -> jax.Array:
-    """The gradient [N, V] from the derivatives by each lookup's answer."""
-    everywhere, at_ids, picked_bars = [], [], []
-    for one, (picked_bar, log_sum_bar) in zip(seen.sums, bars, strict=True):
+def _spread(
+    seen: _Seen, lookups: Sequence[sparse.Lookup], bars: Sequence[Any]
+) -> tuple[jax.Array, jax.Array]:
+    """The gradient [N, V] outside all ids, and [N, U] at them, from those by the answers."""
+    scales: dict[float, jax.Array] = {}
+    at_ids, picked_bars = [], []
+    for lookup, one, (picked_bar, log_sum_bar) in zip(lookups, seen.sums, bars, strict=True):
+        temperature = lookup.temperature
         # As `exps / total`: the rounded logarithm would lose what is far below the largest logit.
-        scale_N1 = (log_sum_bar / one.total / one.temperature)[:, None]
-
-        def softmax(logits, one=one, scale_N1=scale_N1):
-            return scale_N1 * jnp.exp(logits / one.temperature - one.shift[:, None])
-
-        everywhere.append(softmax(seen.rest_NV))
-        at_ids.append(jnp.where(one.counts_NU, softmax(seen.logits_NU), 0.0))
-        picked_bars.append(picked_bar / one.temperature)
+        scale = log_sum_bar / one.total / temperature
+        softmax_NU = jnp.exp(seen.logits_NU / temperature - one.shift[:, None])
+        at_ids.append(jnp.where(one.counts_NU, scale[:, None] * softmax_NU, 0.0))
+        picked_bars.append(picked_bar / temperature)
+        raised = scale * jnp.exp(seen.top / temperature - one.shift)
+        scales[temperature] = scales.get(temperature, 0.0) + raised
     bars_N1U = jnp.concatenate(picked_bars, axis=-1)[:, None, :]
     # An id may stand in several lookups, and more than once in one of them.
     at_ids.append(jnp.sum(jnp.where(_equal(seen.ids_NU, seen.ids_NU), bars_N1U, 0.0), axis=-1))
-    total_NV, total_NU = (functools.reduce(jnp.add, parts) for parts in (everywhere, at_ids))
-    return _set(total_NV.astype(dtype), seen.ids_NU, total_NU.astype(dtype), local)
+    everywhere = [scale[:, None] * seen.exps(t) for t, scale in scales.items()]
+    return functools.reduce(jnp.add, everywhere), functools.reduce(jnp.add, at_ids)
 
 
 def _equal(ids_NU: jax.Array, others_NK: jax.Array) -> jax.Array:

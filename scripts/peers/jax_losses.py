@@ -21,13 +21,19 @@ def build(name: str, arrays: dict, site: str | None):
         return value, *slopes
 
     compiled = jax.jit(step).lower(wanted, arrays).compile()
-    return lambda: jax.block_until_ready(compiled(wanted, arrays))
+
+    def run():
+        return jax.block_until_ready(compiled(wanted, arrays))
+
+    memory = compiled.memory_analysis()
+    run.planned_bytes = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return run
 
 
-def floor(shape: problem.Shape):
+def floor(shape: problem.Shape, dtype: str = "float32"):
     """The three products on a tile of the vocabulary, and how many tiles there are."""
     tile = min(shape.vocab, 16384)
-    arrays = problem.make(problem.Shape(shape.tokens, shape.embed, tile, 1), "logits")
+    arrays = problem.make(problem.Shape(shape.tokens, shape.embed, tile, 1), "logits", dtype)
     hidden, unembedding, slope = (
         jax.device_put(arrays[name]) for name in ("hidden", "unembedding", "teacher_logits")
     )
@@ -74,15 +80,19 @@ def _topk(given):
     return {"labels": given["labels"], "teacher": teacher}
 
 
+def _logits(hidden, unembedding):
+    return jnp.matmul(hidden, unembedding, preferred_element_type=jnp.float32)
+
+
 def _naive_dense(hidden, unembedding, given):
-    log_q = jax.nn.log_softmax(hidden @ unembedding)
-    log_p = jax.nn.log_softmax(given["teacher_logits"])
+    log_q = jax.nn.log_softmax(_logits(hidden, unembedding))
+    log_p = jax.nn.log_softmax(given["teacher_logits"].astype(jnp.float32))
     kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
     return jnp.mean(problem.HARD * _nll(log_q, given) + problem.SOFT * kl)
 
 
 def _naive_sparse(hidden, unembedding, given):
-    log_q = jax.nn.log_softmax(hidden @ unembedding)
+    log_q = jax.nn.log_softmax(_logits(hidden, unembedding))
     picked = jnp.take_along_axis(log_q, given["ids"], axis=-1)
     rest = jnp.log1p(-jnp.sum(jnp.exp(picked), axis=-1))
     kl = jnp.sum(jnp.exp(given["log_probs"]) * (given["log_probs"] - picked), axis=-1)
@@ -98,7 +108,7 @@ def _maxtext(hidden, unembedding, given):
     """MaxText's loss on stored top-k logits: both sides are rescaled to the K ids."""
     import optax
 
-    logits = hidden @ unembedding
+    logits = _logits(hidden, unembedding)
     one_hot = jax.nn.one_hot(given["labels"], logits.shape[-1])
     log_q = jax.nn.log_softmax(jnp.take_along_axis(logits, given["ids"], axis=-1))
     log_p = jax.nn.log_softmax(given["log_probs"])

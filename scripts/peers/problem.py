@@ -23,7 +23,7 @@ CHECK = Shape(tokens=512, embed=32, vocab=1000, ids=16)
 """Small, and still more than one chunk for peers that take 256 tokens at a time."""
 
 
-def make(shape: Shape, teacher: str) -> dict[str, np.ndarray]:
+def make(shape: Shape, teacher: str, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Inputs with a fixed seed.
 
     Args:
@@ -31,6 +31,7 @@ def make(shape: Shape, teacher: str) -> dict[str, np.ndarray]:
       teacher: "logits" adds an array [N, V]; "head" adds the hidden states and the unembedding
         that it is the product of; "topk" adds ids, their log-probabilities and the tail's;
         "none" adds nothing.
+      dtype: of hidden states, unembeddings and a teacher's logits.
     """
     N, D, V, K = dataclasses.astuple(shape)
     arrays = {
@@ -44,6 +45,9 @@ def make(shape: Shape, teacher: str) -> dict[str, np.ndarray]:
     if teacher == "logits":
         hidden, unembedding = arrays.pop("teacher_hidden"), arrays.pop("teacher_unembedding")
         arrays["teacher_logits"] = hidden @ unembedding
+    for name, array in arrays.items():
+        if name != "labels":
+            arrays[name] = array.astype(np.dtype(dtype), copy=False)
     if teacher == "topk":
         arrays.update(_topk(N, V, K))
     return arrays

@@ -5,6 +5,7 @@ import os
 import sys
 import types
 
+import numpy as np
 import problem
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,13 @@ import torch.nn.functional as F
 def build(name: str, arrays: dict, site: str | None):
     """A function of no arguments that returns the loss and both gradients."""
     del site
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     given = {}
     for key in list(arrays):
-        value = arrays.pop(key)
+        value = _tensor(arrays.pop(key)).to(device)
         if "unembedding" in key:
-            given[key.replace("unembedding", "weight")] = torch.from_numpy(value).t().contiguous()
-        else:
-            given[key] = torch.from_numpy(value)
+            key, value = key.replace("unembedding", "weight"), value.t().contiguous()
+        given[key] = value
     for key in ("labels", "ids"):
         if key in given:
             given[key] = given[key].long()
@@ -36,20 +37,26 @@ def build(name: str, arrays: dict, site: str | None):
     return run
 
 
+def _tensor(array):
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
 def _combined(log_q, kl_N, given):
     hard = F.nll_loss(log_q, given["labels"])
     return problem.HARD * hard + problem.SOFT * kl_N.mean()
 
 
 def _dense(hidden, weight, given):
-    log_q = F.log_softmax(F.linear(hidden, weight), dim=-1)
-    log_p = F.log_softmax(given["teacher_logits"], dim=-1)
+    log_q = F.log_softmax(F.linear(hidden, weight).float(), dim=-1)
+    log_p = F.log_softmax(given["teacher_logits"].float(), dim=-1)
     kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     return _combined(log_q, kl, given)
 
 
 def _sparse(hidden, weight, given):
-    log_q = F.log_softmax(F.linear(hidden, weight), dim=-1)
+    log_q = F.log_softmax(F.linear(hidden, weight).float(), dim=-1)
     picked = log_q.gather(-1, given["ids"])
     rest = torch.log1p(-picked.exp().sum(-1))
     log_p, log_tail = given["log_probs"], given["log_tail"]
@@ -117,9 +124,9 @@ def _distillkit(hidden, weight, given):
     Written from its published formula (it is on no package index): log-sum-exp and a gather, the
     missing mass as log(1 - e^x) with x held below -1e-6, next to cross-entropy on the same logits.
     """
-    logits = F.linear(hidden, weight)
+    logits = F.linear(hidden, weight).float()
     hard = F.cross_entropy(logits, given["labels"])
-    log_q = logits.gather(-1, given["ids"]) - torch.logsumexp(logits.float(), -1, keepdim=True)
+    log_q = logits.gather(-1, given["ids"]) - torch.logsumexp(logits, -1, keepdim=True)
     log_p = given["log_probs"]
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     missing_p, missing_q = _log_missing(log_p), _log_missing(log_q)

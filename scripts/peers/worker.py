@@ -47,7 +47,7 @@ def _floor(shape):
 def _contender(job, shape):
     contender = next(one for one in CONTENDERS if one.name == job["name"])
     module = importlib.import_module(f"{contender.framework}_losses")
-    error = _check(contender, module, job["site"])
+    error = check(contender, module, job["site"])
     if not error <= TOLERANCE:
         raise SystemExit(f"differs from NumPy by {error:.1e}: another loss, not measured")
     arrays = problem.make(shape, contender.teacher)
@@ -62,18 +62,25 @@ def _contender(job, shape):
         yield {"seconds": seconds, "growth": growth}
 
 
-def _check(contender, module, site) -> float:
+def check(contender, module, site=None, dtype="float32") -> float:
     """Largest error of loss and gradients on a small problem, relative to each one's largest."""
-    arrays = problem.make(problem.CHECK, contender.teacher)
+    arrays = problem.make(problem.CHECK, contender.teacher, dtype)
     given = dict(arrays)
     if contender.teacher == "head":
-        given["teacher_logits"] = given["teacher_hidden"] @ given["teacher_unembedding"]
+        hidden, unembedding = given["teacher_hidden"], given["teacher_unembedding"]
+        given["teacher_logits"] = hidden.astype(np.float32) @ unembedding.astype(np.float32)
     wanted = problem.answer(contender.objective, given)
     if contender.omits_entropy:
         wanted = (wanted[0] + problem.SOFT * problem.teacher_entropy(given), *wanted[1:])
     got = module.build(contender.name, arrays, site)()
-    pairs = [(np.asarray(a, np.float64), np.asarray(b)) for a, b in zip(got, wanted)]
+    pairs = [(_float64(a), np.asarray(b)) for a, b in zip(got, wanted)]
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+
+
+def _float64(value) -> np.ndarray:
+    if hasattr(value, "cpu"):  # NumPy reads no tensor on a GPU and none in bfloat16
+        value = value.double().cpu()
+    return np.asarray(value, np.float64)
 
 
 def _timed(run):
