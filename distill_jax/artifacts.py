@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -77,16 +78,54 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether the path is of an object store, `gs://...`."""
+    return "://" in os.fspath(path)
+
+
+def size(path: str | os.PathLike[str]) -> int:
+    """Bytes of a file."""
+    # Of a local file epath would look up the owner's name too, who may have none.
+    return epath.Path(path).stat().length if is_remote(path) else os.path.getsize(path)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Waits until a file's bytes, or a directory's names, are on disk."""
+    if is_remote(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def committed(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
+    """A local file to be written in the block, which becomes `path` at its end, whole or never.
+
+    On a disk that is a temporary name, fsync, rename. An object store shows what is uploaded once
+    it is there in full.
+    """
+    place = epath.Path(path)
+    if is_remote(place):
+        with tempfile.TemporaryDirectory() as directory:
+            temporary = epath.Path(directory) / place.name
+            with naming(temporary):
+                yield temporary
+            place.write_bytes(temporary.read_bytes())
+        return
+    temporary = place.parent / f".{place.name}.tmp"
+    with naming(place):
+        yield temporary
+        sync(temporary)
+        temporary.replace(place)
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file whole or not at all: temporary name, fsync, rename."""
-    place = epath.Path(path)
-    temporary = place.parent / f".{place.name}.tmp"
-    with naming(place), temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        if "://" not in str(place):
-            os.fsync(file.fileno())
-    temporary.replace(place)
+    with committed(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

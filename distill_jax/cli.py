@@ -16,6 +16,7 @@ from distill_jax import (
     artifacts,
     data,
     models,
+    parallel,
     pipeline,
     posttraining,
     pruning,
@@ -69,17 +70,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         figures = options.work(options)
     except InputError as error:
-        print(f"distill-jax: error: {error}", file=sys.stderr)
+        print(f"{_name()}: error: {error}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"distill-jax: error: {error}", file=sys.stderr)
+    except (FloatingPointError, OSError, parallel.ProcessError) as error:
+        print(f"{_name()}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("distill-jax: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    if options.json:
+    if options.json and parallel.is_main():
         print(json.dumps(figures, sort_keys=True))
     return 0
+
+
+def _name() -> str:
+    """Of the program, and of this process if there are several."""
+    return f"distill-jax process {parallel.index()}" if parallel.count() > 1 else "distill-jax"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,6 +146,12 @@ def _add_recipe_options(command: argparse.ArgumentParser, stage: str | None) -> 
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
+    parallel.start()
+    with parallel.together():
+        return _run_recipe(options)
+
+
+def _run_recipe(options: argparse.Namespace) -> dict[str, Any]:
     recipe = load_recipe(options.config, options.set)
     preflight.check(recipe)
     out = options.out or f"runs/{recipe.name}"
@@ -153,7 +165,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         stages.all_stages(run), directory, command=options.stage, overwrite=options.overwrite
     )
     page = directory / "report" / "index.html"
-    if options.stage in (None, "report"):
+    if options.stage in (None, "report") and parallel.is_main():
         print(f"report: {page}", file=sys.stderr)
     return {"directory": str(directory), "stages": figures}
 

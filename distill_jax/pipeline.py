@@ -3,6 +3,9 @@
 A stage owns one directory. `started.json` says for which recipe and inputs work began there;
 `manifest.json`, written last, says that it ended and what came of it. Both are written whole or
 not at all, so a kill at any moment leaves either a stage that is done or one that can go on.
+
+Several processes run the same stages together. The first alone claims directories and says that
+work has ended; the work is everyone's.
 """
 
 import contextlib
@@ -18,7 +21,7 @@ from typing import Any
 
 from etils import epath
 
-from distill_jax import artifacts
+from distill_jax import artifacts, parallel
 from distill_jax.artifacts import InputError
 
 MANIFEST = "manifest.json"
@@ -102,7 +105,7 @@ def run(
     if not wanted:
         raise InputError(f"the recipe has no stage {command!r}")
     read = _inputs_of(wanted, stages)
-    with _alone(directory):
+    with parallel.together(), _alone(directory):
         for stage in stages:
             if stage in wanted:
                 manifest = _run_one(stage, directory / stage.name, fingerprints, overwrite)
@@ -142,6 +145,9 @@ def _inputs_of(wanted: Sequence[Stage], stages: Sequence[Stage]) -> set[str]:
 @contextlib.contextmanager
 def _alone(directory: epath.Path) -> Iterator[None]:
     """Holds the run's directory, since two runs in it would spoil each other's work."""
+    if not parallel.is_main():
+        yield
+        return
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as lock:
         try:
@@ -215,22 +221,41 @@ def _run_one(
     stage: Stage, place: epath.Path, fingerprints: Mapping[str, str], overwrite: bool
 ) -> dict[str, Any]:
     identity = _identity(stage, fingerprints)
-    _claim(place, identity, overwrite)
-    if (place / MANIFEST).exists():
-        print(f"{stage.name}: done before", file=sys.stderr)
-        return _fitting(place, MANIFEST, identity)
-    artifacts.write_json(place / _STARTED, identity)
-    print(f"{stage.name}: starting", file=sys.stderr)
+    done = parallel.on_main(lambda: _begin(place, identity, overwrite), what=stage.name)
+    if done is not None:
+        return done
     start = time.monotonic()
     figures = dict(stage.work(place))
+    seconds = round(time.monotonic() - start, 1)
+    parallel.barrier(f"the end of {stage.name}")
+    return parallel.on_main(lambda: _end(place, identity, figures, seconds), what=stage.name)
+
+
+def _begin(
+    place: epath.Path, identity: Mapping[str, Any], overwrite: bool
+) -> dict[str, Any] | None:
+    """Claims a stage's directory; returns its manifest if it was done before."""
+    _claim(place, identity, overwrite)
+    if (place / MANIFEST).exists():
+        print(f"{identity['stage']}: done before", file=sys.stderr)
+        return _fitting(place, MANIFEST, identity)
+    artifacts.write_json(place / _STARTED, identity)
+    print(f"{identity['stage']}: starting", file=sys.stderr)
+    return None
+
+
+def _end(
+    place: epath.Path, identity: Mapping[str, Any], figures: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Commits the manifest of a stage that has done its work, and returns it."""
     manifest = {
         **identity,
         "versions": versions(),
-        "seconds": round(time.monotonic() - start, 1),
+        "seconds": seconds,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         "figures": figures,
     }
     artifacts.write_json(place / MANIFEST, manifest)
     (place / _STARTED).unlink()
-    print(f"{stage.name}: done in {manifest['seconds']:.0f} s", file=sys.stderr)
+    print(f"{identity['stage']}: done in {seconds:.0f} s", file=sys.stderr)
     return manifest

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import jax
 import rich.console
 import rich.progress
 
@@ -12,7 +13,7 @@ _PLAIN_INTERVAL_S = 15.0
 
 
 class Bar:
-    """Progress of one stage; made by `bar`."""
+    """Progress of one stage; made by `bar`. Of several processes the first alone shows it."""
 
     def __init__(self, stage: str, total: int, unit: str, done: int):
         self._stage, self._total, self._unit = stage, total, unit
@@ -21,7 +22,8 @@ class Bar:
         self._tokens = 0
         self._start = self._printed = time.monotonic()
         self._rich: rich.progress.Progress | None = None
-        if self._console.is_terminal:
+        self._silent = jax.distributed.is_initialized() and jax.process_index() > 0
+        if self._console.is_terminal and not self._silent:
             self._rich = rich.progress.Progress(
                 rich.progress.TextColumn("[bold]{task.description}"),
                 rich.progress.BarColumn(),
@@ -43,7 +45,7 @@ class Bar:
         figures = f"{self._tokens / elapsed:,.0f} tokens/s {note}" if self._tokens else note
         if self._rich is not None:
             self._rich.update(self._task, advance=count, figures=figures)
-        elif time.monotonic() - self._printed > _PLAIN_INTERVAL_S:
+        elif time.monotonic() - self._printed > _PLAIN_INTERVAL_S and not self._silent:
             self._printed = time.monotonic()
             rate = max(self._done - self._first, 1) / elapsed
             left = (self._total - self._done) / rate

@@ -80,11 +80,15 @@ class TargetsConfig:
       schemes: store name -> scheme; one forward pass fills them all.
       temperature: what the logits are divided by.
       write: how the teacher is run.
+      reuse: the directory of an earlier run whose stores are of the same teachers, tokenizer,
+        schemes and temperature, and of a corpus that this one adds to: rows that they have are
+        copied, and teachers asked about the others alone. Decides nothing about the result.
     """
 
     schemes: Mapping[str, Scheme]
     temperature: float = 1.0
     write: WriteConfig = WriteConfig()
+    reuse: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

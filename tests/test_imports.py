@@ -21,7 +21,7 @@ MAY_IMPORT = {
     **dict.fromkeys(("teachers", "pruning", "training"), LOW),
     **dict.fromkeys(("posttraining", "evaluation"), MIDDLE),
     "recipe": HIGH,
-    "pipeline": BASE,
+    "pipeline": BASE | {"parallel"},
     "stages": HIGH | {"recipe", "pipeline"},
     "cli": HIGH | {"recipe", "pipeline", "stages"},
 }

@@ -73,7 +73,8 @@ class Run:
 
     def save(self, place: epath.Path, model: models.Model) -> None:
         """Leaves a model with its tokenizer: a directory that is a teacher for other recipes."""
-        self.tokenizer.save(place)
+        if parallel.is_main():
+            self.tokenizer.save(place)
         models.save(place, model)
 
     def train(

@@ -4,7 +4,7 @@ from typing import Any
 
 from etils import epath
 
-from distill_jax import data, posttraining
+from distill_jax import data, parallel, posttraining
 from distill_jax.artifacts import fingerprint_path
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import to_json
@@ -22,7 +22,7 @@ def stages(run: Run) -> list[Stage]:
             recipe={"tokenizer": to_json(recipe.tokenizer), "corpus": to_json(recipe.corpus)},
             inputs=(),
             external={source: fingerprint_path(source) for source in sources if source},
-            work=lambda place: _work(run, place),
+            work=lambda place: parallel.on_main(lambda: _work(run, place), what=CORPUS),
         )
     ]
 

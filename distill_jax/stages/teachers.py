@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from distill_jax import losses, models, parallel, teachers, training
-from distill_jax.artifacts import fingerprint_path
+from distill_jax.artifacts import InputError, fingerprint_path, resolve
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import TeacherConfig, to_json
 from distill_jax.stages import context
@@ -15,8 +16,16 @@ from distill_jax.stages.context import CORPUS, Run
 
 
 def stages(run: Run) -> list[Stage]:
-    """Two stages a teacher: its parameters, then its stored targets."""
+    """Two stages a teacher: its parameters, then its stored targets.
+
+    Raises:
+      InputError: there is nothing to reuse where the recipe says.
+    """
     made = []
+    # Where a row's targets come from changes nothing about them.
+    recipe = to_json(run.recipe.targets)
+    recipe.pop("reuse")
+    reused = _earlier_stores(run)
     for name, config in run.recipe.teachers.items():
         inputs = (CORPUS,) if config.teacher is None else (CORPUS, context.teacher(config.teacher))
         external = {config.source: fingerprint_path(config.source)} if config.source else {}
@@ -34,9 +43,9 @@ def stages(run: Run) -> list[Stage]:
             Stage(
                 name=context.targets(name),
                 command="targets",
-                recipe=to_json(run.recipe.targets),
+                recipe=recipe,
                 inputs=(CORPUS, context.teacher(name)),
-                work=functools.partial(_write_targets, run, name),
+                work=functools.partial(_write_targets, run, name, reused.get(name, {})),
             )
         )
     return made
@@ -66,7 +75,33 @@ def _make_teacher(run: Run, config: TeacherConfig, place: epath.Path) -> dict[st
     return figures | run.train(place, model, loss_fn, run.corpus("train"), config.train)
 
 
-def _write_targets(run: Run, name: str, place: epath.Path) -> dict[str, Any]:
+def _earlier_stores(run: Run) -> dict[str, dict[str, list[epath.Path]]]:
+    """Teacher -> scheme -> the finished stores that the recipe's `reuse` has of them."""
+    reuse = run.recipe.targets.reuse
+    if reuse is None:
+        return {}
+    place = resolve(reuse)
+    if place.resolve() == run.directory.resolve():
+        raise InputError(
+            f"targets.reuse: {reuse} is this run's own directory, where targets are written anew; "
+            "use another --out"
+        )
+    found = {
+        name: {
+            scheme: [place / context.targets(name) / scheme]
+            for scheme in run.recipe.targets.schemes
+            if (place / context.targets(name) / scheme / teachers.MANIFEST).exists()
+        }
+        for name in run.recipe.teachers
+    }
+    if not any(found.values()):
+        raise InputError(f"targets.reuse: {reuse} has no finished store of the recipe's teachers")
+    return found
+
+
+def _write_targets(
+    run: Run, name: str, reuse: Mapping[str, Sequence[epath.Path]], place: epath.Path
+) -> dict[str, Any]:
     targets = run.recipe.targets
     return teachers.write_stores(
         {scheme: place / scheme for scheme in targets.schemes},
@@ -76,4 +111,5 @@ def _write_targets(run: Run, name: str, place: epath.Path) -> dict[str, Any]:
         temperature=targets.temperature,
         config=targets.write,
         sharding=parallel.batch_sharding(run.mesh),
+        reuse=reuse,
     )

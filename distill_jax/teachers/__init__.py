@@ -2,7 +2,14 @@
 
 from distill_jax.teachers.inspect import describe
 from distill_jax.teachers.join import JoinedSource, join
-from distill_jax.teachers.manifest import Identity, Manifest, read_manifest, teacher_fingerprint
+from distill_jax.teachers.manifest import (
+    MANIFEST,
+    Identity,
+    Manifest,
+    read_manifest,
+    teacher_fingerprint,
+)
+from distill_jax.teachers.rows import Corpus
 from distill_jax.teachers.schemes import (
     SCHEMES,
     RandomSampling,
@@ -16,9 +23,10 @@ from distill_jax.teachers.schemes import (
 from distill_jax.teachers.store import Store, open_store
 from distill_jax.teachers.verify import verify
 from distill_jax.teachers.vocabulary import threshold_for
-from distill_jax.teachers.writer import Corpus, WriteConfig, write_stores
+from distill_jax.teachers.writer import WriteConfig, write_stores
 
 __all__ = [
+    "MANIFEST",
     "SCHEMES",
     "Corpus",
     "Identity",

@@ -17,7 +17,9 @@ counts, token after token. What a number n means:
   rise in a run, the first stands for itself, and all values of a token are in the order of its ids.
 
 A real is rounded to one of its two neighbours on the grid by chance, such that its mean, or
-the mean of its exponential, is right; chance comes from the teacher and the row's key. So a
+the mean of its exponential, is right; chance comes from the teacher, the row's key and the place
+at which the value was given, and not from the order of ids, which is the corpus's. So a row of two
+corpora is rounded alike, and what is on the grid stays: what was decoded is encoded without loss. A
 log-probability x is stored within 1/|steps| of x, hence p within a factor exp(1/|steps|), and
 the mean of what is stored for p is p: between neighbours a > p > b it becomes b with
 probability (a - p) / (a - b).
@@ -165,14 +167,17 @@ class Codec:
         kinds = []
         for column in self.columns:
             values = np.asarray(arrays[column.name])
+            given = np.arange(self.tokens)
             if column.counted_by is not None:
-                counts = np.asarray(arrays[column.counted_by])
-                width = values.shape[1]
-                values = values.ravel()[places[places % width < counts[places // width]]]
+                counts = np.asarray(arrays[column.counted_by], np.int64)
+                token, slot = np.divmod(places, values.shape[1])
+                values = values.ravel()[places[slot < counts[token]]]
+                given = (np.cumsum(counts) - counts)[token] + slot
+                given = given[slot < counts[token]]
             if column.name == IDS:
                 values = gaps
             elif column.steps is not None:
-                values = _on_grid(values, column, chance)
+                values = _on_grid(values, column, _uniform(chance, len(values))[given])
             kinds.append(values)
         return kinds
 
@@ -264,7 +269,12 @@ def _chance(seed: str) -> np.random.Philox:
     return np.random.Philox(key=int.from_bytes(digest[:16], "little"))
 
 
-def _on_grid(values: np.ndarray, column: Column, chance: np.random.Philox) -> np.ndarray:
+def _uniform(chance: np.random.Philox, count: int) -> np.ndarray:
+    """Numbers in [0, 1), float64 [count]."""
+    return (chance.random_raw(count) >> np.uint64(11)) * 2.0**-53
+
+
+def _on_grid(values: np.ndarray, column: Column, uniform: np.ndarray) -> np.ndarray:
     """Reals to numbers, rounded by chance so that means are right."""
     assert column.steps is not None
     with np.errstate(over="ignore"):
@@ -276,5 +286,4 @@ def _on_grid(values: np.ndarray, column: Column, chance: np.random.Philox) -> np
     if column.mean_of_exp:
         # Between e^(n / steps) and e^((n + 1) / steps), not between n and n + 1.
         share = np.expm1(share / column.steps) / np.expm1(1 / column.steps)
-    uniform = (chance.random_raw(values.size) >> np.uint64(11)) * 2.0**-53
     return np.where(scaled < _INFINITE, below + (uniform < share), _INFINITE)

@@ -64,7 +64,11 @@ def ask_teacher(
 
     positions = jnp.arange(time).reshape(-1, step)
     encoded = jax.lax.map(encode_chunk, (chunks(hidden_BTD), chunks(labels_BT), positions))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, time, *x.shape[3:]), encoded)
+    encoded = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, time, *x.shape[3:]), encoded
+    )
+    # Each process reads the rows that it fed.
+    return encoded if sharding is None else jax.lax.with_sharding_constraint(encoded, sharding)
 
 
 def labels(tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from distill_jax import artifacts
 from distill_jax.teachers.store import open_store
 
 
@@ -41,7 +42,7 @@ def describe(directory: str | os.PathLike[str], *, sample: int = 64) -> dict[str
     tokens = max(ids.total(), 1)
     # A stored 0 may be a label that was nearly certain, so these are counted when written.
     labels = tokens * store.manifest.labels / max(store.manifest.tokens, 1)
-    size = sum((store.directory / name).stat().st_size for name in store.manifest.files)
+    size = sum(artifacts.size(store.directory / name) for name in store.manifest.files)
     per_token = {name: count / tokens for name, count in parts.items()}
     return {
         "identity": store.identity.to_json(),

@@ -7,8 +7,10 @@ import numpy as np
 
 from distill_jax import progress
 from distill_jax.artifacts import InputError
+from distill_jax.teachers.rows import Corpus
 from distill_jax.teachers.store import Store
-from distill_jax.teachers.writer import Corpus
+
+_COMPARED = 64
 
 
 class JoinedSource:
@@ -30,11 +32,7 @@ class JoinedSource:
         targets = {}
         for name, store in self._stores.items():
             stored = store[int(self._places[name][index])]
-            if stored["key"] != record["key"]:
-                raise InputError(
-                    f"{store.directory}: has row {stored['key']} where the corpus has "
-                    f"{record['key']} (row {index})"
-                )
+            _check_key(store, stored["key"], record, index)
             targets[name] = stored["targets"]
         return {**record, "targets": targets}
 
@@ -49,7 +47,9 @@ def join(
     """Joins a corpus with stored targets by the content of its rows.
 
     A store of another corpus will do if it has every row of this one. Everything that could
-    be wrong is found here, before the first step of training.
+    be wrong is found here, before the first step of training; only of a corpus whose fingerprint
+    is that of the store, as `data.Corpus` makes it of all rows, no more than 64 rows are compared
+    here, and each of the others when it is read.
 
     Args:
       corpus: the rows to train on, in their order.
@@ -64,7 +64,7 @@ def join(
 
     Raises:
       InputError: a store has another tokenizer, vocabulary, sequence length or temperature, or
-        lacks a row.
+        other rows.
     """
     if isinstance(temperature, Mapping):
         for name in temperature.keys() - stores.keys():
@@ -107,6 +107,9 @@ def _find_rows(corpus: Corpus, stores: Mapping[str, Store]) -> dict[str, Any]:
     others = {
         name: store for name, store in stores.items() if store.identity.corpus != corpus.fingerprint
     }
+    for name, store in stores.items():
+        if name not in others:
+            _check_rows(corpus, name, store)
     if not others:
         return places
     keys = []
@@ -124,3 +127,21 @@ def _find_rows(corpus: Corpus, stores: Mapping[str, Store]) -> dict[str, Any]:
                 f"the first row {missing[0]} (key {keys[missing[0]]})"
             )
     return places
+
+
+def _check_rows(corpus: Corpus, name: str, store: Store) -> None:
+    """Compares a corpus with a store that was written for it, by some of the rows."""
+    if len(store) != len(corpus):
+        raise InputError(
+            f"teacher {name}: {store.directory} has {len(store)} rows of corpus "
+            f"{store.identity.corpus}, the corpus has {len(corpus)}"
+        )
+    for row in np.unique(np.linspace(0, len(corpus) - 1, _COMPARED).astype(int)).tolist():
+        _check_key(store, store.key(row), corpus[row], row)
+
+
+def _check_key(store: Store, key: str, record: Mapping[str, Any], row: int) -> None:
+    if key != record["key"]:
+        raise InputError(
+            f"{store.directory}: has row {key} where the corpus has {record['key']} (row {row})"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from distill_jax import artifacts, models
 from distill_jax.artifacts import InputError
@@ -130,12 +131,18 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
 
 
 def teacher_fingerprint(model: models.Model) -> str:
-    """Sixteen hex digits over the shape and every parameter, name, dtype and bytes."""
+    """Sixteen hex digits over the shape and every parameter, name, dtype and bytes.
+
+    With several processes all must call it.
+    """
     digest = hashlib.sha256(artifacts.fingerprint(dataclasses.asdict(model.config)).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
         # In slices, so that the host never holds a whole stacked parameter of a large model.
         step = max(1, _SLICE_BYTES * len(leaf) // leaf.nbytes)
         for start in range(0, len(leaf), step):
-            digest.update(np.asarray(leaf[start : start + step]).tobytes())
+            part = leaf[start : start + step]
+            if isinstance(part, jax.Array) and not part.is_fully_addressable:
+                part = multihost_utils.process_allgather(part, tiled=True)
+            digest.update(np.asarray(part).tobytes())
     return digest.hexdigest()[:16]

@@ -10,14 +10,14 @@ import contextlib
 import dataclasses
 import io
 import os
-import pathlib
-import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
+from etils import epath
 
 from distill_jax import artifacts
 from distill_jax.artifacts import InputError
@@ -76,52 +76,64 @@ class Record:
 
 
 class StoreWriter:
-    """Writes one store's shards, and seals the store when all are there."""
+    """Writes one store's shards, and seals the store when all are there.
+
+    Several processes may have one each: one of them calls `begin` before, and `finish` after, all
+    of them call `commit` for shards of their own.
+    """
 
     def __init__(
         self, directory: str | os.PathLike[str], identity: Identity, token_counts: np.ndarray
     ):
-        """Opens a new or half-written store; `token_counts` [V] of the corpus give its id order.
-
-        Raises:
-          InputError: the directory holds targets of another teacher, corpus or form.
-        """
-        self.directory = pathlib.Path(directory)
+        """Touches nothing yet; `token_counts` [V] of the corpus give the store's order of ids."""
+        self.directory = epath.Path(directory)
         self.identity = identity
         self.codec = make_codec(identity, token_counts)
         self._token_counts = token_counts
         self._progress = self.directory / _PROGRESS
-        finished = (self.directory / MANIFEST).exists()
+
+    def begin(self) -> list[int]:
+        """Opens a new, half-written or finished store, and returns the shards that it lacks.
+
+        Raises:
+          InputError: the directory holds targets of another teacher, corpus or form.
+        """
+        finished = self._is_finished()
         plan = self._progress / _PLAN
         if finished or plan.exists():
-            stored = read_manifest(directory).identity.to_json() if finished else None
-            differences = artifacts.diff(stored or artifacts.read_json(plan), identity.to_json())
+            stored = read_manifest(self.directory).identity.to_json() if finished else None
+            wanted = self.identity.to_json()
+            differences = artifacts.diff(stored or artifacts.read_json(plan), wanted)
             if differences:
-                raise InputError(f"{directory}: already holds other targets ({differences[0]})")
+                raise InputError(
+                    f"{self.directory}: already holds other targets ({differences[0]})"
+                )
         if finished:
             # Killed between sealing the store and tidying up.
-            shutil.rmtree(self._progress, ignore_errors=True)
-        else:
-            self._progress.mkdir(parents=True, exist_ok=True)
-            artifacts.write_json(plan, identity.to_json())
-        self._finished = finished
-
-    def missing(self) -> list[int]:
-        """The shards still to be written."""
-        if self._finished:
+            self._progress.rmtree(missing_ok=True)
             return []
-        return [i for i in range(self.identity.shards) if not self._is_committed(i)]
+        self._progress.mkdir(parents=True, exist_ok=True)
+        artifacts.write_json(plan, self.identity.to_json())
+        written, told = (
+            {path.name for path in directory.iterdir()}
+            for directory in (self.directory, self._progress)
+        )
+        return [
+            shard
+            for shard in range(self.identity.shards)
+            if shard_name(self.identity, shard) not in written
+            or self._contents(shard).name not in told
+        ]
 
     def commit(self, shard: int, records: list[Record]) -> None:
         """Writes one shard whole or not at all."""
         path = self.directory / shard_name(self.identity, shard)
-        temporary = path.with_name(f".{path.name}.tmp")
-        _write_array_record(temporary, records)
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(self.directory)
+        with artifacts.committed(path) as temporary:
+            _write_array_record(temporary, records)
+            written = artifacts.hash_file(temporary)
+        artifacts.sync(self.directory)
         contents = {
-            "hash": artifacts.hash_file(path),
+            "hash": written,
             "keys": [record.key for record in records],
             "tokens": sum(record.tokens for record in records),
             "labels": sum(record.labels for record in records),
@@ -131,10 +143,9 @@ class StoreWriter:
 
     def finish(self) -> Manifest:
         """Seals the store: index of keys, TFDS metadata, and the manifest last."""
-        if not self._finished:
+        if not self._is_finished():
             self._seal()
-            self._finished = True
-            shutil.rmtree(self._progress)
+            self._progress.rmtree()
         return read_manifest(self.directory)
 
     def _seal(self) -> None:
@@ -145,10 +156,10 @@ class StoreWriter:
         counts = order.counts_to_bytes(self._token_counts)
         artifacts.write_bytes(self.directory / KEYS, file.getvalue())
         artifacts.write_bytes(self.directory / TOKEN_COUNTS, counts)
-        _write_metadata(self.directory, self.identity)
+        for name, data in self._metadata().items():
+            artifacts.write_bytes(self.directory / name, data)
         files = {shard_name(self.identity, i): shard["hash"] for i, shard in enumerate(shards)}
         for name in (KEYS, TOKEN_COUNTS, "dataset_info.json", "features.json"):
-            _sync(self.directory / name)
             files[name] = artifacts.hash_file(self.directory / name)
         manifest = Manifest(
             identity=self.identity,
@@ -158,26 +169,51 @@ class StoreWriter:
             files=files,
         )
         manifest.write(self.directory)
-        _sync(self.directory)
+        artifacts.sync(self.directory)
 
-    def _contents(self, shard: int) -> pathlib.Path:
+    def _metadata(self) -> dict[str, bytes]:
+        """features.json and dataset_info.json, from which TFDS reads the directory."""
+        names = [shard_name(self.identity, shard) for shard in range(self.identity.shards)]
+        split = tfds.core.SplitInfo(
+            name=SPLIT,
+            shard_lengths=[len(self.identity.shard_rows(i)) for i in range(self.identity.shards)],
+            num_bytes=sum(artifacts.size(self.directory / name) for name in names),
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=self.directory,
+                dataset_name=DATASET,
+                split=SPLIT,
+                filetype_suffix=_FORMAT.file_suffix,
+            ),
+        )
+        dataset = tfds.core.dataset_info.DatasetIdentity(
+            name=DATASET,
+            version=tfds.core.Version("1.0.0"),
+            data_dir=str(self.directory),
+            module_name=__name__,
+        )
+        info = tfds.core.DatasetInfo(builder=dataset, features=features())
+        info.set_file_format(_FORMAT)
+        info.set_splits(tfds.core.splits.SplitDict([split]))
+        # Where nothing stays of it if this is the end of the process.
+        place = None if artifacts.is_remote(self.directory) else self._progress
+        with tempfile.TemporaryDirectory(dir=place) as temporary, artifacts.naming(temporary):
+            info.write_to_directory(temporary)
+            return {path.name: path.read_bytes() for path in epath.Path(temporary).iterdir()}
+
+    def _is_finished(self) -> bool:
+        return (self.directory / MANIFEST).exists()
+
+    def _contents(self, shard: int) -> epath.Path:
         return self._progress / f"{shard:05d}.json"
 
-    def _is_committed(self, shard: int) -> bool:
-        path = self.directory / shard_name(self.identity, shard)
-        return path.exists() and self._contents(shard).exists()
+
+def read_keys(directory: epath.Path) -> np.ndarray:
+    """The rows' content keys, bytes [rows], in the order of the rows."""
+    with (directory / KEYS).open("rb") as file:
+        return np.load(io.BytesIO(file.read()), allow_pickle=False)
 
 
-def _sync(path: pathlib.Path) -> None:
-    """Waits until a file's bytes, or a directory's names, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_array_record(path: pathlib.Path, records: list[Record]) -> None:
+def _write_array_record(path: epath.Path, records: list[Record]) -> None:
     serializer = tfds.core.example_serializer.ExampleSerializer(features().get_serialized_info())
     writer = array_record_module.ArrayRecordWriter(str(path), _ARRAY_RECORD_OPTIONS)
     with _disk_errors(), contextlib.closing(writer):
@@ -199,31 +235,3 @@ def _disk_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise OSError(str(error)) from error
-
-
-def _write_metadata(directory: pathlib.Path, identity: Identity) -> None:
-    """features.json and dataset_info.json, from which TFDS reads the directory."""
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=directory,
-        dataset_name=DATASET,
-        split=SPLIT,
-        filetype_suffix=_FORMAT.file_suffix,
-    )
-    names = [shard_name(identity, shard) for shard in range(identity.shards)]
-    split = tfds.core.SplitInfo(
-        name=SPLIT,
-        shard_lengths=[len(identity.shard_rows(shard)) for shard in range(identity.shards)],
-        num_bytes=sum((directory / name).stat().st_size for name in names),
-        filename_template=template,
-    )
-    dataset = tfds.core.dataset_info.DatasetIdentity(
-        name=DATASET,
-        version=tfds.core.Version("1.0.0"),
-        data_dir=str(directory),
-        module_name=__name__,
-    )
-    info = tfds.core.DatasetInfo(builder=dataset, features=features())
-    info.set_file_format(_FORMAT)
-    info.set_splits(tfds.core.splits.SplitDict([split]))
-    with artifacts.naming(directory):
-        info.write_to_directory(directory)

@@ -1,16 +1,17 @@
 """The reading side of a store: rows of targets by place or by content key."""
 
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from distill_jax import artifacts, losses
 from distill_jax.artifacts import InputError
 from distill_jax.teachers import order
+from distill_jax.teachers.cache import LocalFiles
 from distill_jax.teachers.codec import CorruptRecord
 from distill_jax.teachers.manifest import Identity, Manifest, make_codec, read_manifest
 from distill_jax.teachers.schemes import Scheme
@@ -21,6 +22,8 @@ _Read = TypeVar("_Read")
 
 class Store:
     """A finished store: `store[i]` is the record of the corpus's row i.
+
+    A remote one is read from local copies of its shards, made as they are asked for (`cache`).
 
     Attributes:
       directory: where it lies.
@@ -35,14 +38,15 @@ class Store:
           InputError: the store is not finished, or a file is missing or damaged; damage of a
             shard shows when its records are read.
         """
-        self.directory = pathlib.Path(directory)
+        self.directory = epath.Path(directory)
         self.manifest: Manifest = read_manifest(directory)
+        self._files = LocalFiles(self.directory, self.manifest)
         self._check_files()
-        counts = (self.directory / TOKEN_COUNTS).read_bytes()
+        counts = self._files.fetch(TOKEN_COUNTS).read_bytes()
         token_counts = order.counts_from_bytes(counts, self.identity.vocab_size)
         self.codec = make_codec(self.identity, token_counts)
-        self._records = tfds.builder_from_directory(self.directory).as_data_source(SPLIT)
-        self._keys = np.load(self.directory / KEYS, mmap_mode="r", allow_pickle=False)
+        self._records = tfds.builder_from_directory(self._files.directory).as_data_source(SPLIT)
+        self._keys = np.load(self._files.fetch(KEYS), mmap_mode="r", allow_pickle=False)
         self._by_key: np.ndarray | None = None
 
     @property
@@ -67,6 +71,10 @@ class Store:
         row_id, key, columns = self.read_columns(position)
         return {"row_id": row_id, "key": key, "targets": self.scheme.unpack(columns)}
 
+    def key(self, position: int) -> str:
+        """The content key of one row."""
+        return self._keys[position].decode()
+
     def read_columns(self, position: int) -> tuple[int, str, dict[str, np.ndarray]]:
         """Row id, key and decoded columns of one row, before the scheme's `unpack`.
 
@@ -83,25 +91,29 @@ class Store:
         self, position: int, use: Callable[[bytes, str, int], _Read]
     ) -> tuple[int, str, _Read]:
         position = range(len(self))[position]
-        key = self._keys[position].decode()
+        key = self.key(position)
+        shard = shard_name(self.identity, position // self.identity.rows_per_shard)
+        self._files.fetch(shard)
         try:
             record = self._records[position]
             if record["record"] is None:  # so reads a shard cut to a multiple of 64 KiB
                 raise CorruptRecord("it is empty")
             result = use(record["record"], key, self.manifest.width)
         except (ValueError, RuntimeError, IndexError, KeyError) as error:
-            shard = shard_name(self.identity, position // self.identity.rows_per_shard)
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"{self.directory / shard}: row {position} is damaged ({reason})"
             ) from error
         return int(record["row_id"]), key, result
 
-    def positions(self, keys: Sequence[str]) -> np.ndarray:
-        """Place in this store of the row of each content key, -1 where there is none."""
+    def positions(self, keys: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Place in this store of the row of each content key, -1 where there is none.
+
+        Keys are texts, or an array of bytes as stores keep them.
+        """
         if self._by_key is None:
             self._by_key = np.argsort(self._keys, kind="stable")
-        wanted = np.array([key.encode() for key in keys], np.bytes_)
+        wanted = keys if isinstance(keys, np.ndarray) else np.array(keys, np.str_).astype(np.bytes_)
         place = np.searchsorted(self._keys, wanted, sorter=self._by_key)
         found = self._by_key[np.minimum(place, len(self) - 1)]
         return np.where(self._keys[found] == wanted, found, -1)
@@ -113,12 +125,14 @@ class Store:
     def _check_files(self) -> None:
         """Looks for all files and hashes all but the shards, whose records have checksums."""
         shards = {shard_name(self.identity, shard) for shard in range(self.identity.shards)}
+        there = {path.name for path in self.directory.iterdir()}
         for name, expected in self.manifest.files.items():
-            path = self.directory / name
-            if not path.exists():
-                raise InputError(f"{path}: missing from the store")
-            if name not in shards and artifacts.hash_file(path) != expected:
-                raise InputError(f"{path}: its hash does not fit the manifest")
+            if name not in there:
+                raise InputError(f"{self.directory / name}: missing from the store")
+            if name not in shards:
+                path = self._files.fetch(name)
+                if artifacts.hash_file(path) != expected:
+                    raise InputError(f"{path}: its hash does not fit the manifest")
 
 
 def open_store(directory: str | os.PathLike[str]) -> Store:

@@ -1,19 +1,20 @@
 """Checks a store: every byte against its hash, and a sample of rows against the teacher."""
 
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from distill_jax import artifacts, models, progress
 from distill_jax.artifacts import InputError
 from distill_jax.teachers import sampling
 from distill_jax.teachers.forward import ask_teacher, labels
 from distill_jax.teachers.manifest import read_manifest, teacher_fingerprint
+from distill_jax.teachers.rows import Corpus
 from distill_jax.teachers.store import Store, open_store
-from distill_jax.teachers.writer import Corpus, WriteConfig, encode_row
+from distill_jax.teachers.writer import WriteConfig, encode_row
 
 
 def verify(
@@ -47,7 +48,7 @@ def verify(
         raise InputError("verify: the teacher can be asked again only with the corpus at hand")
     if sample < 1:
         raise InputError(f"sample: {sample} is not a positive number of rows")
-    _check_hashes(pathlib.Path(artifacts.resolve(directory)))
+    _check_hashes(artifacts.resolve(directory))
     store = open_store(directory)
     figures = _check_records(store)
     if corpus is None:
@@ -82,7 +83,7 @@ def total_variation(
     return np.bincount(token, difference, minlength=tokens) / 2
 
 
-def _check_hashes(directory: pathlib.Path) -> None:
+def _check_hashes(directory: epath.Path) -> None:
     files = read_manifest(directory).files
     with progress.bar("verify files", len(files), unit="files") as bar:
         for name, written in files.items():

@@ -1,45 +1,36 @@
-"""Runs a teacher over a corpus once and writes what it says into one store or several."""
+"""Runs a teacher over a corpus once and writes what it says into one store or several.
+
+With several processes each is dealt shards of its own. A batch holds rows of every process's
+current shard; its targets come back to the process that fed the row, which encodes and writes
+them, so that nothing travels between processes but what the model needs.
+"""
 
 import collections
 import contextlib
 import dataclasses
 import functools
 import os
-import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from distill_jax import models, progress
+from distill_jax import artifacts, models, parallel, progress
 from distill_jax.artifacts import InputError
-from distill_jax.teachers import order, sampling
+from distill_jax.teachers import order
 from distill_jax.teachers.codec import Codec
-from distill_jax.teachers.forward import HiddenStates, ask_teacher, labels
-from distill_jax.teachers.manifest import Identity, Manifest, teacher_fingerprint
+from distill_jax.teachers.forward import HiddenStates, ask_teacher
+from distill_jax.teachers.manifest import Identity, teacher_fingerprint
+from distill_jax.teachers.reuse import Reuse
+from distill_jax.teachers.rows import Batch, Corpus, batches, check_row, inputs
 from distill_jax.teachers.schemes import Scheme
-from distill_jax.teachers.shards import Record, StoreWriter
+from distill_jax.teachers.shards import Record, StoreWriter, read_keys
 
 # Batches whose results may wait for the disk: one being written, one behind it.
 _IN_FLIGHT = 2
-
-
-class Corpus(Protocol):
-    """What is read from a corpus; `data.Corpus` is one.
-
-    A row is {"row_id": int, "key": str, "tokens": int [T], "segment_ids": int [T], 0 for padding}.
-    """
-
-    fingerprint: str
-    tokenizer_fingerprint: str
-    sequence_length: int
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +41,7 @@ class WriteConfig:
     teacher's logits alone, yet compilers may round the logits of another batch shape otherwise.
 
     Attributes:
-      batch_rows: rows in one forward pass.
+      batch_rows: rows in one forward pass of all devices.
       rows_per_shard: rows in one shard, the unit of restart.
       chunk_tokens: tokens whose logits exist at a time.
     """
@@ -75,11 +66,15 @@ def write_stores(
     config: WriteConfig | None = None,
     sharding: NamedSharding | None = None,
     hidden_states: HiddenStates = models.hidden_states,
+    reuse: Mapping[str, Sequence[str | os.PathLike[str]]] | None = None,
 ) -> dict[str, Any]:
     """Writes one store for every scheme, from one forward pass over the corpus.
 
-    May be called again after an earlier call was killed: it goes on at the first shard that
-    is missing and ends with the same bytes.
+    May be called again after an earlier call was killed, by as many processes or others: it goes
+    on with the shards that are missing and ends with the same bytes. Several processes call it
+    together, with the same arguments and directories that all of them see. Other processes write
+    the same bytes as long as XLA rounds logits alike, which needs as many rows on each device and
+    no sums of parameters' parts over devices (the axes "data", and "fsdp" where it gathers).
 
     Args:
       directories: where each scheme's store goes.
@@ -91,13 +86,18 @@ def write_stores(
       sharding: where a batch's rows go; None leaves that to JAX. Over a mesh axis "tensor" beside
         them the vocabulary is split, and logits are never gathered.
       hidden_states: the forward pass, `models.hidden_states` or one of its signature.
+      reuse: for any of the names, finished stores of the same teacher, tokenizer, scheme and
+        temperature. Rows that they have are copied, found by content key, and the teacher is
+        asked about the others alone; the bytes are those of a store that was written without.
 
     Returns:
-      for every name its store's figures: rows, tokens, width, bytes, bytes_per_token.
+      for every name its store's figures: rows, of these reused, tokens, width, bytes and
+      bytes_per_token.
 
     Raises:
-      InputError: a directory holds other targets, a token is outside the vocabulary, or the
-        teacher's logits are not finite.
+      InputError: a directory holds other targets, a token is outside the vocabulary, the
+        teacher's logits are not finite, or a store to reuse is of other targets.
+      ProcessError: another process failed.
     """
     config = config or WriteConfig()
     if directories.keys() != schemes.keys():
@@ -106,24 +106,45 @@ def write_stores(
         raise InputError(f"temperature: {temperature} is not positive")
     if not len(corpus):
         raise InputError(f"corpus {corpus.fingerprint}: has no rows")
-    identities = _identities(schemes, model, corpus, temperature, config)
-    counts = _count_tokens(corpus, next(iter(identities.values())))
-    writers = {
-        name: StoreWriter(directories[name], identity, counts)
-        for name, identity in identities.items()
-    }
-    forward = functools.partial(
-        ask_teacher,
-        model.params,
-        config=model.config,
-        schemes=tuple(schemes.values()),
-        temperature=float(temperature),
-        chunk_tokens=config.chunk_tokens,
-        hidden_states=hidden_states,
-        sharding=sharding,
-    )
-    _write_missing(list(writers.values()), forward, corpus, config, sharding)
-    return {name: _figures(w.finish(), w.directory) for name, w in writers.items()}
+    with parallel.together():
+        share = parallel.row_share(sharding)
+        _check_batch(config, share)
+        identities = _identities(schemes, model, corpus, temperature, config)
+        reused = {name: Reuse((reuse or {}).get(name, ()), i) for name, i in identities.items()}
+        counts = _count_tokens(corpus, next(iter(identities.values())))
+        writers = {
+            name: StoreWriter(directories[name], identity, counts)
+            for name, identity in identities.items()
+        }
+        missing = parallel.on_main(
+            lambda: {name: writer.begin() for name, writer in writers.items()}, what="the start"
+        )
+        forward = functools.partial(
+            ask_teacher,
+            model.params,
+            config=model.config,
+            schemes=tuple(schemes.values()),
+            temperature=float(temperature),
+            chunk_tokens=config.chunk_tokens,
+            hidden_states=hidden_states,
+            sharding=sharding,
+        )
+        pending = [_PendingShard(writers[n], missing[n], reused[n]) for n in writers]
+        _write_missing(pending, forward, corpus, config, share)
+        parallel.barrier("the last shard")
+        return parallel.on_main(
+            lambda: {name: _figures(w, reused[name]) for name, w in writers.items()},
+            what="the end of the stores",
+        )
+
+
+def _check_batch(config: WriteConfig, share: parallel.RowShare) -> None:
+    parts = share.count * len(share.blocks)
+    if config.batch_rows % parts:
+        raise InputError(
+            f"WriteConfig.batch_rows: {config.batch_rows} rows do not divide over the {parts} "
+            f"parts into which the mesh splits rows"
+        )
 
 
 def _identities(
@@ -160,108 +181,102 @@ def _count_tokens(corpus: Corpus, identity: Identity) -> np.ndarray:
         with progress.bar("count tokens", len(rows), unit="rows") as bar:
             for row in rows.tolist():
                 record = corpus[row]
-                _check_row(record, row, identity)
+                check_row(record, row, identity)
                 bar.advance()
                 yield record
 
     return order.count_tokens(records(), identity.vocab_size)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Batch:
-    """Rows of one shard, filled up with empty rows to the batch size that was compiled."""
-
-    shard: int
-    row_ids: list[int]
-    keys: list[str]
-    tokens_BT: np.ndarray
-    segment_ids_BT: np.ndarray
-    last: bool
-
-    @property
-    def inputs(self) -> tuple[np.ndarray, ...]:
-        """Tokens, segments and labels, [B, T]."""
-        labels_BT = labels(self.tokens_BT, self.segment_ids_BT)
-        return self.tokens_BT, self.segment_ids_BT, labels_BT
-
-
 def _write_missing(
-    writers: list[StoreWriter],
+    pending: Sequence["_PendingShard"],
     forward: Callable[..., tuple[dict[str, jax.Array], ...]],
     corpus: Corpus,
     config: WriteConfig,
-    sharding: NamedSharding | None,
+    share: parallel.RowShare,
 ) -> None:
     """Encodes and writes in the background while the next batch is computed."""
-    identity = writers[0].identity
-    pending = [_PendingShard(writer) for writer in writers]
+    identity = pending[0].identity
     shards = sorted(set().union(*(shard.missing for shard in pending)))
+    own = shards[share.index :: share.count]
+    written_here = frozenset(own[share.member :: share.members])
 
-    def store(batch: _Batch, encoded: tuple[dict[str, jax.Array], ...]) -> None:
-        for shard, arrays in zip(pending, encoded):
+    def is_known(shard: int, key: str) -> bool:
+        return all(each.reuse.has(key) for each in pending if shard in each.missing)
+
+    def store(batch: Batch, encoded: tuple[dict[str, jax.Array], ...]) -> None:
+        for place, shard in enumerate(pending):
             if batch.shard in shard.missing:
-                shard.add(batch, jax.device_get(arrays))
+                shard.add(batch, share.take(encoded[place]) if batch.asked else {})
 
+    size = config.batch_rows // share.count
+    work = batches(corpus, identity, own, size, is_known)
     rows = sum(len(identity.shard_rows(shard)) for shard in shards)
     with (
         progress.bar("targets", len(corpus), unit="rows", done=len(corpus) - rows) as bar,
         _background() as submit,
     ):
-        for batch in _batches(corpus, identity, shards, config.batch_rows):
-            seeds = sampling.row_seeds(batch.keys, salt=identity.teacher)
-            seeds = np.pad(seeds, ((0, len(batch.tokens_BT) - len(seeds)), (0, 0)))
-            inputs = jax.device_put((*batch.inputs, seeds), sharding)
-            submit(store, batch, forward(*inputs))
-            bar.advance(len(batch.keys), tokens=int((batch.segment_ids_BT > 0).sum()))
+        while True:
+            batch = next(work, None)
+            steps = parallel.gather(_step(batch, written_here), what="the next batch")
+            steps = [step for step in steps if step is not None]
+            if not steps:
+                return
+            encoded: tuple[dict[str, jax.Array], ...] = ()
+            if any(step["ask"] for step in steps):
+                encoded = forward(*share.put(inputs(batch, size, identity)))
+            if batch is not None and batch.shard in written_here:
+                submit(store, batch, encoded)
+            bar.advance(sum(s["rows"] for s in steps), tokens=sum(s["tokens"] for s in steps))
 
 
-def _batches(
-    corpus: Corpus, identity: Identity, shards: list[int], batch_rows: int
-) -> Iterator[_Batch]:
-    """Batches of the given shards' rows in order; none spans two shards."""
-    for shard in shards:
-        rows = identity.shard_rows(shard)
-        for start in range(0, len(rows), batch_rows):
-            some = rows[start : start + batch_rows]
-            records = [corpus[row] for row in some]
-            tokens = np.zeros((batch_rows, identity.sequence_length), np.int32)
-            segment_ids = np.zeros_like(tokens)
-            for place, (row, record) in enumerate(zip(some, records)):
-                _check_row(record, row, identity)
-                tokens[place], segment_ids[place] = record["tokens"], record["segment_ids"]
-            yield _Batch(
-                shard=shard,
-                row_ids=[int(record["row_id"]) for record in records],
-                keys=[record["key"] for record in records],
-                tokens_BT=tokens,
-                segment_ids_BT=segment_ids,
-                last=some.stop == rows.stop,
-            )
+def _step(batch: Batch | None, written_here: frozenset[int]) -> dict[str, int] | None:
+    """What the other processes need to know of this one's batch; None: it has no more.
+
+    Rows that several processes hold are counted by the one that writes them.
+    """
+    if batch is None:
+        return None
+    if batch.shard not in written_here:
+        return {"ask": len(batch.asked), "rows": 0, "tokens": 0}
+    rows = len(batch.asked) + len(batch.known)
+    return {"ask": len(batch.asked), "rows": rows, "tokens": batch.tokens}
 
 
 class _PendingShard:
     """The records of the shard of one store that is being filled.
 
     Attributes:
+      identity: the store's.
       missing: the shards that the store lacks.
+      reuse: the rows that need no teacher.
     """
 
-    def __init__(self, writer: StoreWriter):
-        self.missing = frozenset(writer.missing())
+    def __init__(self, writer: StoreWriter, missing: Sequence[int], reuse: Reuse):
+        self.identity, self.missing, self.reuse = writer.identity, frozenset(missing), reuse
         self._writer = writer
-        self._records: list[Record] = []
+        self._records: dict[int, Record] = {}
 
-    def add(self, batch: _Batch, encoded: Mapping[str, np.ndarray]) -> None:
+    def add(self, batch: Batch, encoded: Mapping[str, np.ndarray]) -> None:
         """Encodes a batch's rows, and commits the shard if they are its last."""
-        for place, (row_id, key) in enumerate(zip(batch.row_ids, batch.keys)):
-            arrays = {name: values[place] for name, values in encoded.items()}
-            record = encode_row(
-                self._writer.codec, arrays, batch.segment_ids_BT[place], row_id=row_id, key=key
-            )
-            self._records.append(record)
+        codec = self._writer.codec
+        for place, row in enumerate((*batch.asked, *batch.known)):
+            record = batch.asked[row] if row in batch.asked else batch.known[row]
+            made = self.reuse.record(record, codec)
+            if made is None:
+                arrays = {name: values[place] for name, values in encoded.items()}
+                made = encode_row(
+                    codec,
+                    arrays,
+                    np.asarray(record["segment_ids"]),
+                    row_id=int(record["row_id"]),
+                    key=record["key"],
+                )
+            self._records[row] = made
         if batch.last:
-            self._writer.commit(batch.shard, self._records)
-            self._records = []
+            records = [self._records[row] for row in sorted(self._records)]
+            self._writer.commit(batch.shard, records)
+            self._records = {}
 
 
 def encode_row(
@@ -319,24 +334,13 @@ def _background() -> Iterator[Callable[..., None]]:
                 future.cancel()
 
 
-def _check_row(record: Mapping[str, Any], row: int, identity: Identity) -> None:
-    tokens = np.asarray(record["tokens"])
-    if tokens.shape != (identity.sequence_length,):
-        raise InputError(
-            f"corpus {identity.corpus}: row {row} has shape {tokens.shape}, "
-            f"not ({identity.sequence_length},)"
-        )
-    if tokens.min() < 0 or tokens.max() >= identity.vocab_size:
-        raise InputError(
-            f"corpus {identity.corpus}: row {row} has token {tokens.max()}, "
-            f"the teacher's vocabulary ends at {identity.vocab_size - 1}"
-        )
-
-
-def _figures(manifest: Manifest, directory: pathlib.Path) -> dict[str, Any]:
-    size = sum((directory / name).stat().st_size for name in manifest.files)
+def _figures(writer: StoreWriter, reuse: Reuse) -> dict[str, Any]:
+    """Seals a store."""
+    manifest = writer.finish()
+    size = sum(artifacts.size(writer.directory / name) for name in manifest.files)
     return {
         "rows": manifest.identity.rows,
+        "reused": reuse.count(read_keys(writer.directory)),
         "tokens": manifest.tokens,
         "width": manifest.width,
         "bytes": size,

@@ -52,7 +52,7 @@ class Ours(Format):
             scheme=problem.scheme,
         )  # fmt: skip
         writer = StoreWriter(directory, identity, problem.token_counts)
-        for shard in writer.missing():
+        for shard in writer.begin():
             records = []
             for row in identity.shard_rows(shard):
                 about = corpus[row]

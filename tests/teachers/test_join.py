@@ -1,4 +1,6 @@
 import dataclasses
+import sys
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -124,10 +126,72 @@ def test_missing_rows_are_refused_before_the_first(corpus, stores):
         teachers.join(more, stores)
 
 
-def test_a_corpus_that_lies_about_its_rows_is_refused_at_the_row(corpus, stores):
-    source = teachers.join(ListCorpus(corpus.rows[::-1]), stores)
-    with pytest.raises(InputError, match=r"where the corpus has .*\(row 0\)"):
-        source[0]
+def test_other_rows_under_the_same_fingerprint_are_refused_before_the_first(corpus, stores):
+    with pytest.raises(InputError, match=r"small: has row \w+ where the corpus has .*\(row 0\)"):
+        teachers.join(ListCorpus(corpus.rows[::-1]), stores)
+    for rows in (corpus.rows[:8], [*corpus.rows, corpus.rows[0]]):
+        expected = rf"small has 9 rows of corpus corpus-a, the corpus has {len(rows)}"
+        with pytest.raises(InputError, match=expected):
+            teachers.join(ListCorpus(rows), stores)
+
+
+def test_a_row_that_was_not_compared_is_refused_when_it_is_read(corpus, stores, monkeypatch):
+    monkeypatch.setattr(sys.modules["distill_jax.teachers.join"], "_COMPARED", 2)
+    swapped = [corpus.rows[i] for i in (0, 1, 2, 4, 3, 5, 6, 7, 8)]
+    source = teachers.join(ListCorpus(swapped), stores)
+    assert_own_teacher(source[2])
+    with pytest.raises(InputError, match=r"where the corpus has .*\(row 3\)"):
+        source[3]
+
+
+def by_row(batches):
+    """{row: leaves} of each of several batches taken together."""
+    rows = {}
+    for batch in batches:
+        for place, row in enumerate(batch["row_id"].tolist()):
+            assert row not in rows
+            rows[row] = jax.tree.map(lambda leaf, place=place: leaf[place], batch)
+    return rows
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_read_the_batches_of_one(corpus, stores, hosts):
+    """Tokens, labels and every teacher's targets, whatever Grain reads ahead in its threads."""
+    source = teachers.join(corpus, stores)
+    arguments = {"batch_rows": 4, "seed": 11, "epochs": 3}
+    alone = list(data.batches(source, **arguments))
+    shares = [
+        list(data.batches(source, **arguments, process_index=host, process_count=hosts))
+        for host in range(hosts)
+    ]
+    assert [len(share) for share in shares] == [len(alone)] * hosts == [6] * hosts
+    for number, batch in enumerate(alone):
+        expected, found = by_row([batch]), by_row(share[number] for share in shares)
+        assert found.keys() == expected.keys()
+        for row, leaves in expected.items():
+            jax.tree.map(np.testing.assert_array_equal, found[row], leaves)
+
+
+def test_a_host_that_starts_again_reads_on(corpus, stores):
+    arguments = {"batch_rows": 4, "seed": 11, "epochs": 3, "process_index": 1, "process_count": 2}
+    source = teachers.join(corpus, stores)
+    undisturbed = list(data.batches(source, **arguments))
+    iterator = data.batches(source, **arguments)
+    for _ in range(3):
+        next(iterator)
+    again = data.batches(teachers.join(corpus, stores), **arguments)
+    again.set_state(iterator.get_state())
+    for found, expected in zip(again, undisturbed[3:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_rows_read_by_many_threads_in_any_order_are_those_read_alone(corpus, stores):
+    source = teachers.join(corpus, stores)
+    alone = [source[row] for row in range(9)]
+    order = np.random.default_rng(0).integers(0, 9, 300).tolist()
+    with futures.ThreadPoolExecutor(8) as pool:
+        for row, found in zip(order, pool.map(source.__getitem__, order)):
+            np.testing.assert_equal(found, alone[row])
 
 
 def test_from_texts_to_batches(tmp_path):

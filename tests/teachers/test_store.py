@@ -55,7 +55,7 @@ def record_of(row):
 def write(directory):
     """Writes, or goes on writing, a store without any model."""
     writer = StoreWriter(directory, identity(), TOKEN_COUNTS)
-    for shard in writer.missing():
+    for shard in writer.begin():
         writer.commit(shard, [record_of(row) for row in identity().shard_rows(shard)])
     return writer.finish()
 
@@ -158,17 +158,18 @@ def test_a_writer_killed_at_any_boundary_ends_with_the_same_bytes(written, tmp_p
 
 def test_a_second_writer_starts_at_the_first_missing_shard(tmp_path):
     writer = StoreWriter(tmp_path, identity(), TOKEN_COUNTS)
+    assert writer.begin() == [0, 1, 2]
     writer.commit(0, [record_of(row) for row in range(3)])
-    assert StoreWriter(tmp_path, identity(), TOKEN_COUNTS).missing() == [1, 2]
+    assert StoreWriter(tmp_path, identity(), TOKEN_COUNTS).begin() == [1, 2]
     with pytest.raises(InputError, match=r"no store\.json"):
         teachers.open_store(tmp_path)
     write(tmp_path)
-    assert StoreWriter(tmp_path, identity(), TOKEN_COUNTS).missing() == []
+    assert StoreWriter(tmp_path, identity(), TOKEN_COUNTS).begin() == []
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_other_targets_are_not_overwritten(tmp_path, finished):
-    StoreWriter(tmp_path, identity(), TOKEN_COUNTS)
+    StoreWriter(tmp_path, identity(), TOKEN_COUNTS).begin()
     if finished:
         write(tmp_path)
     before = contents(tmp_path)
@@ -178,7 +179,7 @@ def test_other_targets_are_not_overwritten(tmp_path, finished):
         ({"scheme": teachers.RandomSampling(draws=5)}, "scheme.draws: 4 -> 5"),
     ):
         with pytest.raises(InputError, match=f"already holds other targets.*{message}"):
-            StoreWriter(tmp_path, identity(**changes), TOKEN_COUNTS)
+            StoreWriter(tmp_path, identity(**changes), TOKEN_COUNTS).begin()
     assert contents(tmp_path) == before
 
 
@@ -217,7 +218,9 @@ def test_damage_is_noticed_at_reading_too(copy):
 def test_a_record_replaced_by_a_valid_one_is_noticed(copy):
     """The container's own checksums fit here; ours bind a record to its row."""
     swapped = [record_of(row) for row in (3, 5, 4)]
-    StoreWriter(copy / "other", identity(), TOKEN_COUNTS).commit(1, swapped)
+    other = StoreWriter(copy / "other", identity(), TOKEN_COUNTS)
+    other.begin()
+    other.commit(1, swapped)
     name = shards.shard_name(identity(), 1)
     (copy / "other" / name).replace(copy / name)
     with pytest.raises(InputError, match=r"row 4 is damaged .*checksum"):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax import models, teachers
@@ -31,7 +32,7 @@ CONFIG = teachers.WriteConfig(batch_rows=4, rows_per_shard=4, chunk_tokens=16)
 
 
 def write(directory, teacher, corpus, config=CONFIG, **options):
-    directories = {name: pathlib.Path(directory) / name for name in SCHEMES}
+    directories = {name: epath.Path(directory) / name for name in SCHEMES}
     return teachers.write_stores(
         directories,
         SCHEMES,
@@ -175,6 +176,13 @@ def test_four_devices_write_the_same(tmp_path, written, teacher, corpus):
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     write(tmp_path, teacher, corpus, sharding=NamedSharding(mesh, PartitionSpec("data")))
     assert_alike(tmp_path, written)
+
+
+def test_rows_that_do_not_divide_over_the_devices_are_refused(tmp_path, teacher, corpus):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    rows, config = NamedSharding(mesh, PartitionSpec("data")), teachers.WriteConfig(batch_rows=6)
+    with pytest.raises(InputError, match=r"batch_rows: 6 rows do not divide over the 4 parts"):
+        write(tmp_path, teacher, corpus, config, sharding=rows)
 
 
 def test_devices_that_share_rows_and_vocabulary_write_the_same(tmp_path, written, teacher, corpus):

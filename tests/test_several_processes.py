@@ -1,0 +1,99 @@
+"""The stage that stores targets, run by several processes, and for a corpus that grew."""
+
+import json
+import pathlib
+import shutil
+import sys
+
+import pytest
+
+from distill_jax import cli, parallel
+
+pytestmark = pytest.mark.slow
+TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
+# One teacher, random, which needs no training. Its parameters are whole on every device, for
+# sums of parts of them are rounded in the order in which processes send their parts.
+CONFIG = f"""
+import dataclasses, runpy
+from distill_jax.parallel import MeshConfig
+
+def get_config():
+    recipe = runpy.run_path({str(TINY)!r})["get_config"](size="test")
+    large = dataclasses.replace(recipe.teachers["large"], train=None)
+    terms = {{"large": recipe.distill.terms["large"]}}
+    distill = dataclasses.replace(recipe.distill, terms=terms)
+    mesh = MeshConfig(data=8, fsdp=1)
+    return dataclasses.replace(recipe, teachers={{"large": large}}, distill=distill, mesh=mesh)
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    place = tmp_path_factory.mktemp("config") / "one_teacher.py"
+    place.write_text(CONFIG)
+    return place
+
+
+def command(stage, config, out, *sets):
+    arguments = [stage, str(config), "--out", str(out), "--json"]
+    return arguments + [argument for text in sets for argument in ("--set", text)]
+
+
+def stores(out):
+    files = [path for path in out.glob("targets/*/*/*") if path.is_file()]
+    assert len(files) == 2 * (3 + 5)
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, config):
+    """A run whose targets this process stored with its eight devices."""
+    out = tmp_path_factory.mktemp("alone")
+    for stage in ("corpus", "teachers", "targets"):
+        assert cli.main(command(stage, config, out)) == 0
+    return out
+
+
+def figures(out):
+    return json.loads((out / "targets" / "large" / "manifest.json").read_text())["figures"]
+
+
+def test_two_processes_store_the_targets_that_one_stores(alone, config, tmp_path):
+    """Eight devices and one row on each in both."""
+    two = tmp_path / "two"
+    shutil.copytree(alone, two, ignore=shutil.ignore_patterns("targets"))
+    program = [sys.executable, "-m", "distill_jax.cli", *command("targets", config, two)]
+    with parallel.start_local(program, 2, devices=4) as running:
+        first, second = running.wait(240)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    # Gloo, too, writes to standard output.
+    last = json.loads(first.stdout.splitlines()[-1])
+    assert last["stages"].keys() == {"targets/large"}
+    assert "stages" not in second.stdout
+    assert "targets/large: done in" in first.stderr
+    assert "targets/" not in second.stderr
+    assert stores(two) == stores(alone)
+    assert figures(two) == figures(alone)
+    assert not list(two.rglob("started.json"))
+
+
+def test_a_corpus_that_grew_reuses_the_targets_of_what_it_was(alone, config, tmp_path, capsys):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for stage in ("corpus", "teachers", "targets"):
+        assert cli.main(command(stage, config, old, "corpus.train_rows=32")) == 0
+    shutil.copytree(alone, new, ignore=shutil.ignore_patterns("targets"))
+    reuse = f"targets.reuse={old}"
+    assert cli.main(command("targets", config, new, reuse)) == 0
+    assert stores(new) == stores(alone)
+    found = {name: of_store["reused"] for name, of_store in figures(new).items()}
+    assert found == {"top_k": 32, "samples": 32}
+    # Without it the result is the same, and so is the stage's identity.
+    assert cli.main(command("targets", config, new)) == 0
+    capsys.readouterr()
+    for place, message in (
+        (new, "own directory, where targets are written anew"),
+        (tmp_path, "has no finished store of the recipe's teachers"),
+        (tmp_path / "nowhere", "no such file or directory"),
+    ):
+        assert cli.main(command("targets", config, new, f"targets.reuse={place}")) == 2
+        assert message in capsys.readouterr().err
