@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import rich.console
 from etils import epath
 
 from distill_jax import (
     __version__,
     artifacts,
     data,
+    evaluation,
     models,
     parallel,
     pipeline,
@@ -24,8 +26,8 @@ from distill_jax import (
     teachers,
 )
 from distill_jax.artifacts import InputError
-from distill_jax.recipe import load_recipe
-from distill_jax.stages import preflight
+from distill_jax.recipe import Recipe, load_recipe
+from distill_jax.stages import preflight, shapes
 
 _DESCRIPTION = """\
 Turns a large Llama into a small one:
@@ -40,6 +42,8 @@ examples:
       a parameter of the config file's get_config, and any field of its recipe by dotted name
   distill-jax prune configs/tiny.py --out runs/mine
       one stage alone; the stages that it reads must have been run there
+  distill-jax search configs/tiny.py --out runs/mine --parameters 4e5 5e5
+      which shape of that size predicts best right after the cut; needs corpus and teachers
   distill-jax generate runs/mine/distill/seed-0 --prompt "The capital of France is"
   distill-jax inspect runs/mine/targets/large/samples
   distill-jax verify runs/mine/targets/large/samples --corpus runs/mine/corpus"""
@@ -109,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_recipe_options(add("run", "run all stages of a recipe", _run), None)
     for name in stages.COMMANDS:
         _add_recipe_options(add(name, _STAGE_HELP[name], _run), name)
+    _add_search_options(add("search", "find the shape to prune to, at a given cost", _search))
     generate = add("generate", "let a model continue a text or answer a question", _generate)
     generate.add_argument("model", help="a checkpoint directory, GGUF file or Hugging Face folder")
     generate.add_argument("--prompt", required=True, help="the text")
@@ -131,6 +136,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_recipe_options(command: argparse.ArgumentParser, stage: str | None) -> None:
     command.set_defaults(stage=stage)
+    _add_recipe(command)
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace results of another recipe"
+    )
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", help="a Python file with get_config() -> Recipe")
     command.add_argument(
         "--set",
@@ -140,8 +152,36 @@ def _add_recipe_options(command: argparse.ArgumentParser, stage: str | None) -> 
         help="override a field of the recipe by dotted name, or a parameter of get_config",
     )
     command.add_argument("--out", help="the run's directory (default: runs/NAME)")
+
+
+def _add_search_options(command: argparse.ArgumentParser) -> None:
+    _add_recipe(command)
+    budget = command.add_mutually_exclusive_group(required=True)
+    budget.add_argument(
+        "--parameters", type=float, nargs="+", metavar="N", help="how many, of all together"
+    )
+    budget.add_argument(
+        "--decode-bytes",
+        type=float,
+        nargs="+",
+        metavar="N",
+        help="what one decoded token reads from memory in bfloat16: weights, keys and values",
+    )
+    defaults = pruning.SearchConfig(budgets=(1.0,))
     command.add_argument(
-        "--overwrite", action="store_true", help="replace results of another recipe"
+        "--context", type=int, default=defaults.context, help="tokens of keys and values"
+    )
+    command.add_argument(
+        "--tolerance", type=float, default=defaults.tolerance, help="of a budget, as a fraction"
+    )
+    command.add_argument(
+        "--steps", type=int, default=defaults.steps, help="sizes of each axis that are tried"
+    )
+    command.add_argument(
+        "--rows", type=int, default=16, help="calibration rows on which shapes are ranked"
+    )
+    command.add_argument(
+        "--repair-best", type=int, default=0, metavar="N", help="measure so many repaired, too"
     )
 
 
@@ -151,13 +191,40 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         return _run_recipe(options)
 
 
-def _run_recipe(options: argparse.Namespace) -> dict[str, Any]:
+def _search(options: argparse.Namespace) -> dict[str, Any]:
+    recipe, directory = _recipe_and_directory(options)
+    by_parameters = options.parameters is not None
+    config = pruning.SearchConfig(
+        budgets=tuple(options.parameters if by_parameters else options.decode_bytes),
+        cost="parameters" if by_parameters else "decode_bytes",
+        tolerance=options.tolerance,
+        steps=options.steps,
+        context=options.context,
+        tied=recipe.prune.target.tied,
+        repair_best=options.repair_best,
+        ridge=recipe.prune.ridge,
+    )
+    found = shapes.search(stages.Run(recipe, directory), config, rows=options.rows)
+    if not options.json:
+        rich.console.Console().print(evaluation.search_table(found))
+    picture = directory / "search" / f"{config.cost}.png"
+    evaluation.plot_search(found, config.cost, picture)
+    print(f"picture: {picture}", file=sys.stderr)
+    front = [candidate.to_json() for candidate in pruning.pareto(found)]
+    return {"directory": str(directory), "front": front, "shapes": len(found)}
+
+
+def _recipe_and_directory(options: argparse.Namespace) -> tuple[Recipe, epath.Path]:
     recipe = load_recipe(options.config, options.set)
     preflight.check(recipe)
     out = options.out or f"runs/{recipe.name}"
     if "://" in out:
         raise InputError(f"--out {out}: must be a local or mounted directory")
-    directory = epath.Path(out)
+    return recipe, epath.Path(out)
+
+
+def _run_recipe(options: argparse.Namespace) -> dict[str, Any]:
+    recipe, directory = _recipe_and_directory(options)
     typed = ["scripts/run", options.config, *(f"--set={text}" for text in options.set)]
     typed += ["--out", options.out] if options.out else []
     run = stages.Run(recipe, directory, commands=(shlex.join(typed),))
@@ -195,7 +262,14 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _inspect(options: argparse.Namespace) -> dict[str, Any]:
-    found = _describe(artifacts.resolve(options.artifact))
+    place = artifacts.resolve(options.artifact)
+    if place.name.endswith(".json"):
+        plan = pruning.Plan.load(place)
+        if not options.json:
+            console = rich.console.Console()
+            console.print(pruning.draw(plan, width=min(console.width, 120)))
+        return plan.to_json()
+    found = _describe(place)
     if not options.json:
         print(json.dumps(found, indent=2))
     return found
@@ -206,8 +280,6 @@ def _describe(place: epath.Path) -> dict[str, Any]:
         return dict(teachers.describe(place))
     if (place / pipeline.MANIFEST).exists():
         return pipeline.read_manifest(place)
-    if place.name.endswith(".json"):
-        return pruning.Plan.load(place).to_json()
     config = models.load_config(os.fspath(place))
     sizes = {
         "parameters": config.parameters,

@@ -14,6 +14,8 @@ TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny.py")
         (["run", TINY, "--set", "distill.train.step=3"], "unknown field 'step'"),
         (["run", TINY, "--set", "prune.target.layers=99"], "layers"),
         (["distill", TINY], "run the stage"),
+        (["search", TINY, "--parameters", "4e5"], "corpus: this stage has not been run"),
+        (["search", TINY, "--parameters", "4e5", "--rows", "0"], "rows is 0"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere: no such file"),
         (["inspect", "nowhere"], "nowhere: no such file"),
         (["verify", "nowhere"], "nowhere"),

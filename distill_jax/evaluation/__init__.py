@@ -17,6 +17,7 @@ from distill_jax.evaluation.report import (
     read_curve,
     write_report,
 )
+from distill_jax.evaluation.search import plot_search, search_table
 from distill_jax.evaluation.speed import SpeedConfig, measure_speed
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "evaluate",
     "measure_speed",
     "next_tokens",
+    "plot_search",
     "read_curve",
+    "search_table",
     "write_report",
 ]

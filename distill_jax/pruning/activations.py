@@ -6,7 +6,6 @@ D embed.
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -51,19 +50,24 @@ class Moments:
         """Of no rows."""
         return cls(jnp.zeros(()), jnp.zeros(shape), jnp.zeros(shape))
 
-    def add(self, rows: Array, weight_B: Array) -> "Moments":
-        """With a batch more: rows [..., B, n] of weight 0 or 1."""
+    @classmethod
+    def of(cls, rows: Array, weight_B: Array) -> "Moments":
+        """Of one batch: rows [..., B, n] of weight 0 or 1."""
         weight = weight_B[:, None]
-        new = jnp.sum(weight_B)
-        mean = jnp.sum(rows * weight, axis=-2) / jnp.maximum(new, 1)
+        count = jnp.sum(weight_B)
+        mean = jnp.sum(rows * weight, axis=-2) / jnp.maximum(count, 1)
         deviation = jnp.sum(jnp.square(rows - mean[..., None, :]) * weight, axis=-2)
-        count = self.count + new
-        share = new / jnp.maximum(count, 1)
-        shift = mean - self.mean
+        return cls(count, mean, deviation)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Of the rows of both. A count is a scalar, or has the mean's axes but the last."""
+        count = self.count + other.count
+        share = (other.count / jnp.maximum(count, 1))[..., None]
+        shift = other.mean - self.mean
         return Moments(
             count,
             self.mean + shift * share,
-            self.deviation + deviation + jnp.square(shift) * self.count * share,
+            self.deviation + other.deviation + jnp.square(shift) * self.count[..., None] * share,
         )
 
     def aggregate(self, how: Aggregation) -> Array:
@@ -71,8 +75,110 @@ class Moments:
         if how == "mean":
             return self.mean
         if how == "variance":
-            return self.deviation / self.count
-        return jnp.sqrt(self.deviation + self.count * jnp.square(self.mean))
+            return self.deviation / self.count[..., None]
+        return jnp.sqrt(self.deviation + self.count[..., None] * jnp.square(self.mean))
+
+
+_PASSED = {"attention_input": "embed", "heads": "heads", "mlp_input": "embed", "neurons": "mlp"}
+"""A layer's activations in the order in which they are computed -> their logical axis."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Powers:
+    """Sums over tokens of the squares of what norms give out, from which their scales are made.
+
+    Attributes:
+      attention: [L, D], at the attention norms.
+      mlp: [L, D], at the feed-forward norms.
+      damaged: [L, 4], how many numbers were NaN or infinite, by the activations of `_PASSED`.
+      final: [D], at the last norm.
+      tokens: [], how many tokens.
+    """
+
+    attention: Array
+    mlp: Array
+    damaged: Array
+    final: Array
+    tokens: Array
+
+    @classmethod
+    def zeros(cls, config: models.LlamaConfig) -> "Powers":
+        """Of no tokens."""
+        L, D = config.layers, config.embed
+        shapes = {
+            "attention": (L, D),
+            "mlp": (L, D),
+            "damaged": (L, len(_PASSED)),
+            "final": (D,),
+            "tokens": (),
+        }
+        return cls(**{name: jnp.zeros(shape) for name, shape in shapes.items()})
+
+    @classmethod
+    def of(cls, layers: dict[str, Array], hidden_BTD: Array, where_BT: Array) -> "Powers":
+        """Of one batch: what `layer_powers` made of its layers, and the final hidden states."""
+        tokens = jnp.sum(where_BT, dtype=jnp.float32)
+        return cls(**layers, final=_sum_of_squares(hidden_BTD, where_BT), tokens=tokens)
+
+    def __add__(self, other: "Powers") -> "Powers":
+        return jax.tree.map(jnp.add, self, other)
+
+    def relative(self, params: models.Params) -> dict[str, Array]:
+        """The powers of `Scores`.
+
+        Raises:
+          InputError: there were no tokens, or activations were not finite.
+        """
+        if not self.tokens > 0:
+            raise InputError("the calibration batches hold no tokens")
+        damaged = np.argwhere(np.asarray(self.damaged))
+        if len(damaged):
+            layer, which = damaged[0]
+            raise InputError(
+                f"calibration: activations of layer {layer} are NaN or infinite, first along the "
+                f"axis {list(_PASSED.values())[which]!r}; the weights are damaged or overflow"
+            )
+        layers = params["layers"]
+        sums = {
+            "attention_power": (self.attention, layers["attention"]["norm"]),
+            "mlp_power": (self.mlp, layers["mlp"]["norm"]),
+            "final_power": (self.final, params["final_norm"]),
+        }
+        return {
+            name: _relative_power(power / self.tokens, weight)
+            for name, (power, weight) in sums.items()
+        }
+
+
+def layer_powers(layer: dict[str, Array], where_BT: Array) -> dict[str, Array]:
+    """One layer's part of `Powers`, for `models.hidden_states` to observe."""
+
+    def damaged(x: Array) -> Array:
+        broken_BT = jnp.any(~jnp.isfinite(x.reshape(*where_BT.shape, -1)), axis=-1)
+        return jnp.sum(broken_BT, where=where_BT, dtype=jnp.float32)
+
+    return {
+        "attention": _sum_of_squares(layer["attention_input"], where_BT),
+        "mlp": _sum_of_squares(layer["mlp_input"], where_BT),
+        "damaged": jnp.stack([damaged(layer[name]) for name in _PASSED]),
+    }
+
+
+def _sum_of_squares(x_BTD: Array, where_BT: Array) -> Array:
+    squares = jnp.square(x_BTD.astype(jnp.float32))
+    return jnp.sum(squares, axis=(0, 1), where=where_BT[..., None])
+
+
+def _relative_power(power: Array, weight: Array) -> Array:
+    """Mean square of each channel before the norm's weight, scaled to sum to D over channels.
+
+    A channel whose weight is zero cannot be seen through it; it is given the average share.
+    """
+    weight = weight.astype(jnp.float32)
+    seen = weight != 0
+    power = jnp.where(seen, power / jnp.square(jnp.where(seen, weight, 1.0)), 1.0)
+    return power * power.shape[-1] / jnp.sum(power, axis=-1, keepdims=True)
 
 
 def _over_sequence(x_BTn: Array, where_BT: Array, how: Aggregation) -> Array:
@@ -105,11 +211,8 @@ def _observe(
         "attention_embed": layer["attention_input"],
         "mlp_embed": layer["mlp_input"],
     }
-    where = where_BT[..., None]
     return {name: _over_sequence(x, where_BT, how) for name, x in rows.items()} | {
         "cosine": jnp.sum(cosine_BT, where=where_BT),
-        "attention_power": jnp.sum(jnp.square(layer["attention_input"]), axis=(0, 1), where=where),
-        "mlp_power": jnp.sum(jnp.square(layer["mlp_input"]), axis=(0, 1), where=where),
     }
 
 
@@ -124,10 +227,7 @@ def _zeros(config: models.LlamaConfig) -> dict[str, Any]:
     }
     return {name: Moments.zeros((L, size)) for name, size in sizes.items()} | {
         "cosine": jnp.zeros((L,)),
-        "attention_power": jnp.zeros((L, D)),
-        "mlp_power": jnp.zeros((L, D)),
-        "final_power": jnp.zeros((D,)),
-        "tokens": jnp.zeros(()),
+        "powers": Powers.zeros(config),
     }
 
 
@@ -143,35 +243,22 @@ def _accumulate(
 ) -> dict[str, Any]:
     """The totals with one batch more."""
     where_BT = segment_ids_BT > 0
-    hidden_BTD, observed = models.hidden_states(
-        config,
-        params,
-        tokens_BT,
-        segment_ids_BT,
-        observe=lambda layer: _observe(layer, where_BT, config.kv_heads, how),
-    )
-    observed["tokens"] = jnp.sum(where_BT, dtype=jnp.float32)
-    observed["final_power"] = jnp.sum(
-        jnp.square(hidden_BTD.astype(jnp.float32)), axis=(0, 1), where=where_BT[..., None]
+
+    def observe(layer: dict[str, Array]) -> Any:
+        return _observe(layer, where_BT, config.kv_heads, how), layer_powers(layer, where_BT)
+
+    hidden_BTD, (observed, powers) = models.hidden_states(
+        config, params, tokens_BT, segment_ids_BT, observe=observe
     )
     real_row_B = jnp.any(where_BT, axis=1).astype(jnp.float32)
     return {
-        name: total.add(observed[name], real_row_B)
-        if isinstance(total, Moments)
-        else total + observed[name]
+        name: total.merge(Moments.of(observed[name], real_row_B))
         for name, total in totals.items()
+        if isinstance(total, Moments)
+    } | {
+        "cosine": totals["cosine"] + observed["cosine"],
+        "powers": totals["powers"] + Powers.of(powers, hidden_BTD, where_BT),
     }
-
-
-def _relative_power(power: Array, weight: Array) -> Array:
-    """Mean square of each channel before the norm's weight, scaled to sum to D over channels.
-
-    A channel whose weight is zero cannot be seen through it; it is given the average share.
-    """
-    weight = weight.astype(jnp.float32)
-    seen = weight != 0
-    power = jnp.where(seen, power / jnp.square(jnp.where(seen, weight, 1.0)), 1.0)
-    return power * power.shape[-1] / jnp.sum(power, axis=-1, keepdims=True)
 
 
 def activation_scores(
@@ -180,41 +267,21 @@ def activation_scores(
     sequence: Aggregation,
     batch_aggregation: Aggregation,
     batch_sharding: jax.sharding.Sharding | None,
-) -> tuple[dict[str, Array], str]:
-    """The arrays of `Scores` by name, and the fingerprint of the rows that they come from.
+) -> dict[str, Array]:
+    """The arrays of `Scores` by name.
 
     Raises:
       InputError: the batches hold no tokens.
     """
-    rows = hashlib.sha256()
     totals = _zeros(model.config)
     for batch in batches:
         tokens, segments = tokens_and_segments(batch, batch_sharding)
-        rows.update(np.concatenate((tokens, segments), axis=1).tobytes())
         totals = _accumulate(
-            totals,
-            model.params,
-            tokens,
-            segments,
-            config=model.config,
-            how=sequence,
+            totals, model.params, tokens, segments, config=model.config, how=sequence
         )
-    if not totals["tokens"] > 0:
-        raise InputError("the calibration batches hold no tokens")
-    scores = {
-        name: total.aggregate(batch_aggregation)
-        for name, total in totals.items()
-        if isinstance(total, Moments)
-    }
+    powers: Powers = totals.pop("powers")
+    arrays = powers.relative(model.params)
+    cosine = totals.pop("cosine")
+    scores = {name: total.aggregate(batch_aggregation) for name, total in totals.items()}
     embed_LD = scores.pop("attention_embed") + scores.pop("mlp_embed")
-    layers, tokens = model.params["layers"], totals["tokens"]
-    arrays = scores | {
-        "layers": 1 - totals["cosine"] / tokens,
-        "embed": jnp.sum(embed_LD, axis=0),
-        "attention_power": _relative_power(
-            totals["attention_power"] / tokens, layers["attention"]["norm"]
-        ),
-        "mlp_power": _relative_power(totals["mlp_power"] / tokens, layers["mlp"]["norm"]),
-        "final_power": _relative_power(totals["final_power"] / tokens, model.params["final_norm"]),
-    }
-    return arrays, rows.hexdigest()[:16]
+    return arrays | scores | {"layers": 1 - cosine / powers.tokens, "embed": embed_LD.sum(axis=0)}

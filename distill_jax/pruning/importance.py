@@ -1,10 +1,7 @@
-"""Importance of layers, heads, neurons and channels, from activations, weights, or by chance.
-
-Dimensions: B rows, T time, L layers, H query heads, K kv heads, C head_dim, F mlp, D embed.
-"""
+"""Importance of layers, heads, neurons and channels, by the method of one's choice."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import jax
@@ -15,9 +12,12 @@ from jax import Array
 from distill_jax import models
 from distill_jax.artifacts import InputError, fingerprint
 from distill_jax.pruning.activations import Aggregation, Batch, activation_scores
+from distill_jax.pruning.calibration import Rows
+from distill_jax.pruning.fluctuation import fluctuation_scores
 from distill_jax.pruning.scores import Scores
+from distill_jax.pruning.weights import magnitude_scores, taylor_scores
 
-Method = Literal["activation", "magnitude", "random"]
+Method = Literal["activation", "taylor", "fluctuation", "magnitude", "random"]
 """What importance is measured by."""
 
 
@@ -26,11 +26,14 @@ class ImportanceConfig:
     """How parts of a model are ranked.
 
     Attributes:
-      method: "activation" (Minitron, Muralidharan et al. 2024), "magnitude" (root of the summed
-        squares of the weights that touch a part) or "random"; the last two are controls.
-      sequence_aggregation: how a row's tokens become one score: "mean" of |x|, "l2" norm, or
-        "variance" of x.
-      batch_aggregation: how rows become one score: the same choice, of the rows' scores.
+      method: "activation" (Minitron, Muralidharan et al. 2024), "taylor" (LLM-Pruner, Ma et al.
+        2023, see `taylor_scores`), "fluctuation" (FLAP, An et al. 2024, see
+        `fluctuation_scores`), "magnitude" (root of the summed squares of the weights that touch a
+        part) or "random"; the last two are controls.
+      sequence_aggregation: of activations, how a row's tokens become one score: "mean" of |x|,
+        "l2" norm, or "variance" of x.
+      batch_aggregation: of activations, how rows become one score: the same choice, of the rows'
+        scores.
       seed: of the random method.
     """
 
@@ -50,6 +53,17 @@ class ImportanceConfig:
             if value not in choices:
                 raise InputError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
+    def describe(self) -> str:
+        """What `Scores.method` says."""
+        if self.method == "activation":
+            return f"activation {self.sequence_aggregation} {self.batch_aggregation}"
+        return f"random {self.seed}" if self.method == "random" else self.method
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the method looks at calibration rows."""
+        return self.method not in ("magnitude", "random")
+
 
 def importance(
     model: models.Model,
@@ -60,38 +74,37 @@ def importance(
 ) -> Scores:
     """Scores every prunable part of a model.
 
-    The activation method makes one forward pass over `batches`; what it holds does not grow with
-    their number. Its scores do not depend on how rows are split into batches, beyond rounding.
+    The methods that read `batches` pass over them once; what they hold does not grow with their
+    number. Scores do not depend on how rows are split into batches, beyond rounding.
 
     Args:
       model: the model to score.
-      batches: calibration batches; padding (segment id 0) counts nowhere. Only "activation" reads
-        them.
+      batches: calibration batches; padding (segment id 0) counts nowhere. "magnitude" and "random"
+        do not read them.
       config: method and aggregations; None means the defaults.
       batch_sharding: where a batch is put; None leaves that to JAX.
 
     Raises:
-      InputError: the activation method got no tokens.
+      InputError: there are no tokens, a token is not in the model's vocabulary, or activations are
+        not finite; the line names the layer and the axis.
     """
     config = config or ImportanceConfig()
-    rows = ""
-    if config.method == "activation":
-        sequence, batch = config.sequence_aggregation, config.batch_aggregation
-        arrays, rows = activation_scores(model, batches, sequence, batch, batch_sharding)
-        method = f"activation {sequence} {batch}"
-    else:
-        arrays = _unit_power(model.config)
-        if config.method == "magnitude":
-            arrays |= _magnitude_scores(model)
-            method = "magnitude"
-        else:
-            arrays |= _random_scores(model.config, config.seed)
-            method = f"random {config.seed}"
+    rows = Rows(batches, model.config.vocab_size)
+    how = config.sequence_aggregation, config.batch_aggregation
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "activation": lambda: activation_scores(model, rows, *how, batch_sharding),
+        "taylor": lambda: taylor_scores(model, rows, batch_sharding),
+        "fluctuation": lambda: fluctuation_scores(model, rows, batch_sharding),
+        "magnitude": lambda: magnitude_scores(model),
+        "random": lambda: _random_scores(model.config, config.seed),
+    }
+    found = measures[config.method]()
+    arrays: dict[str, Any] = {name: np.asarray(value, np.float32) for name, value in found.items()}
     return Scores(
-        **{name: np.asarray(value, np.float32) for name, value in arrays.items()},
-        method=method,
+        **arrays,
+        method=config.describe(),
         model=model_fingerprint(model),
-        rows=rows,
+        rows=rows.fingerprint,
     )
 
 
@@ -119,41 +132,14 @@ def model_fingerprint(model: models.Model) -> str:
     return fingerprint({"config": model.config.to_json(), "weights": sums})
 
 
-def _unit_power(config: models.LlamaConfig) -> dict[str, Any]:
-    """Power of channels that all carry the same, for methods that see no activations."""
-    channels = np.ones((config.layers, config.embed))
-    return {"attention_power": channels, "mlp_power": channels, "final_power": channels[0]}
-
-
-def _magnitude_scores(model: models.Model) -> dict[str, Any]:
-    """Root of the summed squares of all weights that bear an axis, for each index of that axis."""
-    axes = models.logical_axes(model.config)
-
-    def score(axis: str, *, per_layer: bool) -> Array:
-        kept = ("layers", axis) if per_layer else (axis,)
-
-        def squares(names: tuple[str, ...], leaf: Array) -> Array:
-            if not set(kept) <= set(names):
-                return jnp.zeros(())
-            summed = tuple(i for i, name in enumerate(names) if name not in kept)
-            return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=summed)
-
-        leaves = jax.tree.map(squares, axes, model.params, is_leaf=lambda x: isinstance(x, tuple))
-        return jnp.sqrt(jax.tree.reduce(jnp.add, leaves))
-
-    return {
-        "layers": score("layers", per_layer=False),
-        "heads": score("heads", per_layer=True),
-        "kv_heads": score("kv_heads", per_layer=True),
-        "mlp": score("mlp", per_layer=True),
-        "embed": score("embed", per_layer=False),
-    }
-
-
 def _random_scores(config: models.LlamaConfig, seed: int) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     L = config.layers
+    channels = np.ones((L, config.embed))
     return {
+        "attention_power": channels,
+        "mlp_power": channels,
+        "final_power": channels[0],
         "layers": random.random(L),
         "heads": random.random((L, config.heads)),
         "kv_heads": random.random((L, config.kv_heads)),

@@ -13,8 +13,11 @@ from distill_jax import models
 from distill_jax.artifacts import InputError, diff, read_json, write_json
 from distill_jax.pruning.scores import Scores
 
-LayerChoice = Literal["influence", "contiguous"]
+LayerChoice = Literal["influence", "contiguous", "perplexity"]
 """Which layers go; see `make_plan`."""
+
+KvChoice = Literal["drop", "merge"]
+"""What becomes of key/value heads when there are to be fewer; see `make_plan`."""
 
 _AXES = ("layers", "embed", "head_dim", "mlp", "kv_heads", "heads")
 _SIZES = ("layers", "embed", "mlp", "heads", "kv_heads", "head_dim")
@@ -33,12 +36,14 @@ class Plan:
       mlp: int32 [L', F'], per kept layer, ascending.
       kv_heads: int32 [L', K'], per kept layer, ascending.
       heads: int32 [L', H'], per kept layer, ascending; each run of H'/K' heads belongs to the
-        kept key/value head of the same rank.
+        kept key/value head of the same rank, or to those merged into it.
       norm_scales: factor of each kept RMSNorm's weight: "attention" [L'], "mlp" [L'], "final" [1].
         See `make_plan`.
       method: how the scores were computed, and the layer choice.
       model: fingerprint of the scored model.
       rows: fingerprint of the calibration rows.
+      merged_kv_heads: int32 [L', K', m], the source's key/value heads whose mean each kept one is
+        to become (`merge_kv_heads` does it), itself first; None where none are merged.
     """
 
     source: models.LlamaConfig
@@ -53,6 +58,7 @@ class Plan:
     method: str
     model: str
     rows: str
+    merged_kv_heads: np.ndarray | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; indices are written as runs, such as "0-5 7 9-12", one text a layer."""
@@ -60,10 +66,14 @@ class Plan:
         for name in _AXES:
             value = getattr(self, name)
             indices[name] = _runs(value) if value.ndim == 1 else [_runs(row) for row in value]
+        merged = {}
+        if self.merged_kv_heads is not None:
+            merged["merged_kv_heads"] = [[_runs(x) for x in y] for y in self.merged_kv_heads]
         return {
             "source": self.source.to_json(),
             "target": self.target.to_json(),
             "kept": indices,
+            **merged,
             "norm_scales": {name: x.tolist() for name, x in self.norm_scales.items()},
             "method": self.method,
             "model": self.model,
@@ -95,6 +105,11 @@ class Plan:
                     name: np.asarray(x, np.float32) for name, x in value["norm_scales"].items()
                 },
                 **{name: value[name] for name in ("method", "model", "rows")},
+                merged_kv_heads=np.stack(
+                    [[_from_runs(x) for x in y] for y in value["merged_kv_heads"]]
+                )
+                if "merged_kv_heads" in value
+                else None,
             )
             plan.check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -117,9 +132,19 @@ class Plan:
                 raise InputError(f"plan.{name} leaves the source's range 0 to {limit - 1}")
             if (np.diff(np.sort(value), axis=-1) == 0).any():
                 raise InputError(f"plan.{name} keeps an index twice")
+        merged = self.kv_heads[..., None] if self.merged_kv_heads is None else self.merged_kv_heads
+        if merged.ndim != 3 or merged.shape[:2] != self.kv_heads.shape:
+            raise InputError(
+                f"plan.merged_kv_heads has shape {merged.shape}; it needs one list for each of the "
+                f"{self.kv_heads.shape} kept key/value heads"
+            )
+        if (merged[..., 0] != self.kv_heads).any() or not _distinct(merged, self.source.kv_heads):
+            raise InputError(
+                "plan.merged_kv_heads must name each kept key/value head first, and none twice"
+            )
         group = self.heads // (self.source.heads // self.source.kv_heads)
-        served = np.repeat(self.kv_heads, self.target.heads // self.target.kv_heads, axis=1)
-        if (group != served).any():
+        served = np.repeat(merged, self.target.heads // self.target.kv_heads, axis=1)
+        if not (group[..., None] == served).any(axis=-1).all():
             raise InputError("plan.heads separates query heads from their key/value head")
 
     def diff(self, other: "Plan") -> list[str]:
@@ -138,13 +163,16 @@ def make_plan(
     target: models.LlamaConfig,
     *,
     layer_choice: LayerChoice = "influence",
+    kv_choice: KvChoice = "drop",
 ) -> Plan:
     """The plan that keeps the parts of highest score; of equal scores, the first.
 
     Query heads stay with their key/value head: K' key/value heads survive, and H'/K' of the query
-    heads of each. Rotary pairs are kept where the target's own frequencies fall on the source's:
-    halving head_dim keeps the even-numbered pairs, so that the result is a plain Llama. The
-    frequencies compared are the unscaled ones; the target's rope_scaling may differ.
+    heads of each. Or all K are merged, K/K' neighbours into one (Ainslie et al. 2023), which then
+    serves the best H'/K' of all their query heads. Rotary pairs are kept where the target's own
+    frequencies fall on the source's: halving head_dim keeps the even-numbered pairs, so that the
+    result is a plain Llama. The frequencies compared are the unscaled ones; the target's
+    rope_scaling may differ.
 
     norm_scales: an RMSNorm over D' channels divides by the root mean square of those alone. With
     u the normed input before the weight, the mean square of u over D' channels is the squared
@@ -157,20 +185,31 @@ def make_plan(
       source: the model to prune.
       target: the shape wanted, no larger in any size, of the same vocabulary.
       layer_choice: "influence" drops the layers of least block influence (ShortGPT, Men et al.
-        2024); "contiguous" drops the run of adjacent layers of least summed influence.
+        2024), or whatever else the method says of layers; "contiguous" drops the run of adjacent
+        layers of least summed influence; "perplexity" drops those without which the calibration
+        rows are predicted best, each taken alone (of `removal_losses`).
+      kv_choice: "drop" keeps the best key/value heads; "merge" averages them. `merge_kv_heads`
+        does so to the parameters, before the plan is applied.
 
     Raises:
       InputError: the shapes do not allow it, or the scores are of another shape or not finite.
     """
-    check_shapes(source, target)
+    check_shapes(source, target, kv_choice=kv_choice)
     _check_scores(scores, source)
     if layer_choice not in get_args(LayerChoice):
         raise InputError(
             f"layer_choice is {layer_choice!r}; choose one of {', '.join(get_args(LayerChoice))}"
         )
-    layers = _kept_layers(scores.layers, target.layers, layer_choice)
+    layers = _kept_layers(scores, target.layers, layer_choice)
     embed = _highest(scores.embed, target.embed)
-    kv_heads = _highest(scores.kv_heads[layers], target.kv_heads)
+    merged = None
+    if kv_choice == "merge" and target.kv_heads < source.kv_heads:
+        merged = np.arange(source.kv_heads, dtype=np.int32).reshape(1, target.kv_heads, -1)
+        merged = np.repeat(merged, len(layers), axis=0)
+        kv_heads = merged[..., 0]
+    else:
+        kv_heads = _highest(scores.kv_heads[layers], target.kv_heads)
+    groups = kv_heads[..., None] if merged is None else merged
     power = {
         "attention": scores.attention_power[layers],
         "mlp": scores.mlp_power[layers],
@@ -184,15 +223,18 @@ def make_plan(
         head_dim=_kept_rotary(source, target),
         mlp=_highest(scores.mlp[layers], target.mlp),
         kv_heads=kv_heads,
-        heads=_kept_heads(scores.heads[layers], kv_heads, source, target),
+        heads=_kept_heads(scores.heads[layers], groups, source, target),
         norm_scales={name: np.sqrt(x[:, embed].mean(-1) / x.mean(-1)) for name, x in power.items()},
         method=f"{scores.method}, layers by {layer_choice}",
         model=scores.model,
         rows=scores.rows,
+        merged_kv_heads=merged,
     )
 
 
-def check_shapes(source: models.LlamaConfig, target: models.LlamaConfig) -> None:
+def check_shapes(
+    source: models.LlamaConfig, target: models.LlamaConfig, *, kv_choice: KvChoice = "drop"
+) -> None:
     """Checks that a model of shape `source` can be pruned to `target`.
 
     Raises:
@@ -209,6 +251,17 @@ def check_shapes(source: models.LlamaConfig, target: models.LlamaConfig) -> None
     if source.tied and not target.tied:
         raise InputError("target.tied is False, but the source has one tied matrix only")
     old, new = source.heads // source.kv_heads, target.heads // target.kv_heads
+    if kv_choice == "merge":
+        if source.kv_heads % target.kv_heads:
+            raise InputError(
+                f"target.kv_heads is {target.kv_heads}; the source's {source.kv_heads} key/value "
+                "heads do not merge into so many of equal size"
+            )
+        old = source.heads // target.kv_heads
+    elif kv_choice != "drop":
+        raise InputError(
+            f"kv_choice is {kv_choice!r}; choose one of {', '.join(get_args(KvChoice))}"
+        )
     if new > old:
         raise InputError(
             f"target has {new} query heads for each key/value head; the source has only {old}"
@@ -228,6 +281,8 @@ def _check_scores(scores: Scores, source: models.LlamaConfig) -> None:
         "mlp_power": (L, D),
         "final_power": (D,),
     }
+    if scores.removal is not None:
+        shapes["removal"] = (L,)
     for name, shape in shapes.items():
         value = getattr(scores, name)
         if value.shape != shape:
@@ -244,7 +299,20 @@ def _highest(scores: np.ndarray, count: int) -> np.ndarray:
     return np.sort(order, axis=-1).astype(np.int32)
 
 
-def _kept_layers(influence: np.ndarray, count: int, choice: LayerChoice) -> np.ndarray:
+def _distinct(indices: np.ndarray, limit: int) -> bool:
+    """Whether each layer's indices differ and lie below the limit."""
+    flat = np.sort(indices.reshape(len(indices), -1))
+    return bool(flat[:, 0].min() >= 0 and flat.max() < limit and (np.diff(flat) > 0).all())
+
+
+def _kept_layers(scores: Scores, count: int, choice: LayerChoice) -> np.ndarray:
+    influence = scores.layers
+    if choice == "perplexity":
+        if scores.removal is None:
+            raise InputError(
+                "layer_choice is 'perplexity', but the scores lack the losses without each layer"
+            )
+        return _highest(scores.removal, count)
     if choice == "influence":
         return _highest(influence, count)
     dropped = len(influence) - count
@@ -257,16 +325,17 @@ def _kept_layers(influence: np.ndarray, count: int, choice: LayerChoice) -> np.n
 
 def _kept_heads(
     scores: np.ndarray,
-    kv_heads: np.ndarray,
+    groups: np.ndarray,
     source: models.LlamaConfig,
     target: models.LlamaConfig,
 ) -> np.ndarray:
-    """The best H'/K' query heads of each kept key/value head, [L', H']."""
-    old, new = source.heads // source.kv_heads, target.heads // target.kv_heads
-    grouped = scores.reshape(len(scores), source.kv_heads, old)
-    grouped = np.take_along_axis(grouped, kv_heads[..., None], axis=1)
-    heads = kv_heads[..., None] * old + _highest(grouped, new)
-    return heads.reshape(len(scores), target.heads).astype(np.int32)
+    """The best H'/K' query heads of each group [L', K', m] of key/value heads, [L', H']."""
+    each = source.heads // source.kv_heads
+    heads = (groups[..., None] * each + np.arange(each)).reshape(*groups.shape[:2], -1)
+    layers = np.arange(len(scores))[:, None, None]
+    best = _highest(scores[layers, heads], target.heads // target.kv_heads)
+    kept = np.take_along_axis(heads, best, axis=-1)
+    return kept.reshape(len(scores), target.heads).astype(np.int32)
 
 
 def _kept_rotary(source: models.LlamaConfig, target: models.LlamaConfig) -> np.ndarray:

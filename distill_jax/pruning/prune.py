@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.pruning.activations import Batch
-from distill_jax.pruning.importance import ImportanceConfig, importance
-from distill_jax.pruning.plan import LayerChoice, Plan, check_shapes, make_plan
+from distill_jax.pruning.importance import ImportanceConfig
+from distill_jax.pruning.merging import merge_kv_heads
+from distill_jax.pruning.plan import KvChoice, LayerChoice, Plan, check_shapes, make_plan
 from distill_jax.pruning.repair import Grams, grams, repair
+from distill_jax.pruning.reuse import find_or_measure
 from distill_jax.pruning.surgery import apply_plan
 
 SCORES_FILE = "scores.safetensors"
@@ -30,21 +32,26 @@ class PruneConfig(ImportanceConfig):
     Attributes:
       target: shape of the pruned model.
       layer_choice: which layers go, see `make_plan`.
+      kv_choice: whether key/value heads are dropped or merged, see `make_plan`.
       calibration_rows: rows that scores and repair see; fewer if the batches end first.
+      removal_rows: rows on which "perplexity" tries the model without each layer, of those.
       repair: whether the projections are repaired by least squares, see `repair`.
       ridge: of the repair.
     """
 
     target: models.LlamaConfig
     layer_choice: LayerChoice = "influence"
+    kv_choice: KvChoice = "drop"
     calibration_rows: int = 1024
+    removal_rows: int = 64
     repair: bool = True
     ridge: float = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.calibration_rows < 1:
-            raise InputError(f"calibration_rows is {self.calibration_rows}; it must be positive")
+        for name in ("calibration_rows", "removal_rows"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be positive")
         if not self.ridge > 0:
             raise InputError(f"ridge is {self.ridge}; it must be positive")
 
@@ -56,12 +63,14 @@ def prune(
     directory: str | os.PathLike[str],
     *,
     mesh: Mesh | None = None,
+    tokenizer: str = "",
 ) -> tuple[models.Model, dict[str, Any]]:
     """Prunes a model to `config.target`.
 
     Writes scores.safetensors and plan.json into the directory, each whole or not at all; a second
-    call with the same inputs writes the same bytes. Calibration tokens are held in host memory,
-    for scores and repair each read them once. The caller saves the model.
+    call with the same inputs writes the same bytes. Scores that are there already, of the same
+    model and rows by the same method, are not measured again. Calibration tokens are held in host
+    memory, for scores and repair each read them once. The caller saves the model.
 
     Args:
       model: the model to prune.
@@ -69,21 +78,37 @@ def prune(
       config: target and method.
       directory: made if it is not there.
       mesh: where rows are split and the pruned parameters placed; None leaves that to JAX.
+      tokenizer: fingerprint of the tokenizer that made the rows; empty if it is not known.
 
     Returns:
       The pruned model, and figures for the stage's manifest.
 
     Raises:
-      InputError: the target does not fit the model, or there are no calibration tokens.
+      InputError: the target does not fit the model, there are no calibration tokens, or the
+        directory holds scores of another model or of rows by another tokenizer.
     """
-    check_shapes(model.config, config.target)
+    check_shapes(model.config, config.target, kv_choice=config.kv_choice)
     rows = _first_rows(batches, config.calibration_rows)
     sharding = parallel.batch_sharding(mesh) if mesh else None
-    scores = importance(model, rows, config, batch_sharding=sharding)
-    plan = make_plan(scores, model.config, config.target, layer_choice=config.layer_choice)
     place = epath.Path(directory)
     place.mkdir(parents=True, exist_ok=True)
-    scores.save(place / SCORES_FILE)
+    by_perplexity = config.layer_choice == "perplexity"
+    scores = find_or_measure(
+        place / SCORES_FILE,
+        model,
+        rows,
+        config,
+        removal_rows=_first_rows(rows, config.removal_rows) if by_perplexity else (),
+        tokenizer=tokenizer,
+        batch_sharding=sharding,
+    )
+    plan = make_plan(
+        scores,
+        model.config,
+        config.target,
+        layer_choice=config.layer_choice,
+        kv_choice=config.kv_choice,
+    )
     plan.save(place / PLAN_FILE)
     sums = grams(model, plan, rows, mesh=mesh) if config.repair else {}
     student = _student(model, plan, sums, config.ridge, mesh)
@@ -120,7 +145,8 @@ def _student(
     model: models.Model, plan: Plan, sums: Grams, ridge: float, mesh: Mesh | None
 ) -> models.Model:
     def cut(params: models.Params, sums: Grams) -> models.Params:
-        return apply_plan(plan, repair(plan, params, sums, ridge=ridge))
+        merged = merge_kv_heads(plan, params)
+        return apply_plan(plan, repair(plan, merged, sums, ridge=ridge))
 
     placed = None
     if mesh is not None:

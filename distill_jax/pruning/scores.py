@@ -20,6 +20,7 @@ _ARRAYS = (
     "mlp_power",
     "final_power",
 )
+_METADATA = ("method", "model", "rows", "removal_rows", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +40,10 @@ class Scores:
       method: how they were computed, with the aggregations.
       model: fingerprint of the model that was scored.
       rows: fingerprint of the calibration rows; empty when none were used.
+      removal: float32 [L], mean cross-entropy in nats when a layer is left out, of
+        `removal_losses`; None where it was not measured.
+      removal_rows: fingerprint of the rows that it was measured on.
+      tokenizer: fingerprint of the tokenizer that made the rows; empty where it is not known.
     """
 
     layers: np.ndarray
@@ -52,11 +57,16 @@ class Scores:
     method: str
     model: str
     rows: str
+    removal: np.ndarray | None = None
+    removal_rows: str = ""
+    tokenizer: str = ""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file whose metadata holds method and fingerprints."""
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        metadata = {"method": self.method, "model": self.model, "rows": self.rows}
+        if self.removal is not None:
+            arrays["removal"] = self.removal
+        metadata = {name: getattr(self, name) for name in _METADATA}
         # One metadata entry: the writer does not keep the order of several, and the bytes count.
         header = {"scores": json.dumps(metadata, sort_keys=True)}
         write_bytes(path, safetensors.numpy.save(arrays, metadata=header))
@@ -72,7 +82,8 @@ class Scores:
         try:
             with safetensors.safe_open(place, framework="numpy") as file:
                 metadata = json.loads((file.metadata() or {})["scores"])
-                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+                names = {*_ARRAYS, *file.keys()}
+                arrays = {name: file.get_tensor(name) for name in names}
             return cls(**arrays, **metadata)
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{place}: not a scores file ({error})") from error

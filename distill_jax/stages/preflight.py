@@ -46,7 +46,7 @@ def check(recipe: Recipe) -> None:
         raise InputError(f"teachers: have vocabularies of different size: {sizes}")
     large = shapes[recipe.pruned_teacher]
     small = dataclasses.replace(recipe.prune.target, vocab_size=large.vocab_size)
-    pruning.check_shapes(large, small)
+    pruning.check_shapes(large, small, kv_choice=recipe.prune.kv_choice)
     models.config_to_hugging_face(small)
     _check_objective(recipe, small.vocab_size)
     _check_rows(recipe)

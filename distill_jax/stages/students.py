@@ -64,10 +64,11 @@ def _prune(run: Run, place: epath.Path) -> dict[str, Any]:
     model = run.load(context.teacher(recipe.pruned_teacher))
     # A tokenizer that was trained on the corpus decides the vocabulary, the recipe cannot.
     target = dataclasses.replace(recipe.prune.target, vocab_size=model.config.vocab_size)
+    corpus = run.corpus("train")
     pruned, figures = pruning.prune(
         model,
         data.batches(
-            run.corpus("train"),
+            corpus,
             batch_rows=recipe.evaluation.batch_rows,
             seed=0,
             shuffle=False,
@@ -76,6 +77,7 @@ def _prune(run: Run, place: epath.Path) -> dict[str, Any]:
         dataclasses.replace(recipe.prune, target=target),
         place,
         mesh=run.mesh,
+        tokenizer=corpus.tokenizer_fingerprint,
     )
     run.save(place, pruned)
     return figures

@@ -14,7 +14,7 @@ from distill_jax.pruning import ImportanceConfig, Scores, importance, make_plan,
 ARRAYS = [
     field.name
     for field in dataclasses.fields(Scores)
-    if field.name not in ("method", "model", "rows")
+    if field.name not in ("method", "model", "rows", "removal", "removal_rows", "tokenizer")
 ]
 NUMPY = {
     "mean": lambda x: np.abs(x).mean(0),
@@ -106,7 +106,7 @@ def test_a_variance_far_below_the_mean_survives():
     values = (1000 + 0.01 * np.random.default_rng(0).normal(size=(64, 3))).astype(np.float32)
     moments = Moments.zeros((3,))
     for rows in np.split(values, 16):
-        moments = moments.add(jnp.asarray(rows), jnp.ones(len(rows)))
+        moments = moments.merge(Moments.of(jnp.asarray(rows), jnp.ones(len(rows))))
     np.testing.assert_allclose(
         moments.aggregate("variance"), values.astype(np.float64).var(0), rtol=0.05
     )
@@ -144,6 +144,9 @@ def test_magnitude_is_the_norm_of_the_weights():
     }
     squares = (attention["query"] ** 2).sum((1, 3)) + (attention["output"] ** 2).sum((2, 3))
     np.testing.assert_allclose(scores.heads, np.sqrt(squares), rtol=1e-5)
+    squares = squares.reshape(4, 4, 2).sum(-1)
+    squares += (attention["key"] ** 2).sum((1, 3)) + (attention["value"] ** 2).sum((1, 3))
+    np.testing.assert_allclose(scores.kv_heads, np.sqrt(squares), rtol=1e-5)
     embed = sum(
         (np.asarray(leaf, np.float64) ** 2).sum(
             tuple(i for i, n in enumerate(names) if n != "embed")
@@ -169,6 +172,8 @@ def test_random_is_seeded():
 
 def test_scores_file(tmp_path):
     scores = importance(tiny.model(), [tiny.rows(2)])
+    removal = np.arange(4, dtype=np.float32)
+    scores = dataclasses.replace(scores, removal=removal, removal_rows="r", tokenizer="t")
     scores.save(tmp_path / "scores.safetensors")
     loaded = Scores.load(tmp_path / "scores.safetensors")
     for field in dataclasses.fields(Scores):
@@ -199,7 +204,7 @@ def test_fingerprint_sees_every_weight_but_not_the_devices():
 
 
 def test_wrong_inputs():
-    with pytest.raises(InputError, match="method is 'taylor'; choose one of activation"):
-        ImportanceConfig(method="taylor")
+    with pytest.raises(InputError, match="method is 'wanda'; choose one of activation"):
+        ImportanceConfig(method="wanda")
     with pytest.raises(InputError, match="hold no tokens"):
         importance(tiny.model(), [])

@@ -48,6 +48,81 @@ def test_contiguous_layers():
     np.testing.assert_array_equal(whole, range(4))
 
 
+def test_layers_by_perplexity():
+    """The layers without which the loss is lowest go first, whatever their influence."""
+    removal = np.array([3.0, 2.1, 2.0, 2.5], np.float32)
+    scores = dataclasses.replace(SCORES, removal=removal)
+    plan = make_plan(scores, tiny.SOURCE, replaced(layers=2), layer_choice="perplexity")
+    np.testing.assert_array_equal(plan.layers, [0, 3])
+    with pytest.raises(InputError, match="scores lack the losses without each layer"):
+        make_plan(SCORES, tiny.SOURCE, replaced(layers=2), layer_choice="perplexity")
+    removal[1] = np.inf
+    with pytest.raises(InputError, match=r"scores\.removal holds NaN"):
+        make_plan(scores, tiny.SOURCE, replaced(layers=2), layer_choice="perplexity")
+
+
+MERGED = {"heads": 6, "kv_heads": 2}
+
+
+def test_merged_key_value_heads_serve_the_best_of_all_their_query_heads():
+    plan = make_plan(SCORES, tiny.SOURCE, replaced(**MERGED), kv_choice="merge")
+    np.testing.assert_array_equal(plan.merged_kv_heads, [[[0, 1], [2, 3]]] * 4)
+    np.testing.assert_array_equal(plan.kv_heads, [[0, 2]] * 4)
+    for layer, kept in enumerate(plan.heads):
+        scores = SCORES.heads[layer]
+        halves = [sorted(sorted(h, key=lambda i: scores[i])[1:]) for h in (range(4), range(4, 8))]
+        np.testing.assert_array_equal(kept, halves[0] + halves[1])
+    plan.check()
+
+
+def test_merging_is_written_and_read(tmp_path):
+    plan = make_plan(SCORES, tiny.SOURCE, replaced(layers=2, **MERGED), kv_choice="merge")
+    plan.save(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["merged_kv_heads"] == [
+        ["0-1", "2-3"],
+        ["0-1", "2-3"],
+    ]
+    loaded = Plan.load(tmp_path / "plan.json")
+    np.testing.assert_array_equal(loaded.merged_kv_heads, plan.merged_kv_heads)
+    assert plan.diff(loaded) == []
+    dropped = make_plan(SCORES, tiny.SOURCE, replaced(layers=2))
+    assert any(line.startswith("merged_kv_heads") for line in dropped.diff(plan))
+
+
+@pytest.mark.parametrize(
+    ("merged", "message"),
+    [
+        ([["0-1", "1-2"]] * 4, "none twice"),
+        ([["1-2", "0 3"]] * 4, "each kept key/value head first"),
+        ([["0 3", "2 4"]] * 4, "none twice"),
+        ([["0-1", "2-3"]] * 3, "one list for each"),
+        ([["0 2", "1 3"]] * 4, "each kept key/value head first"),
+        ([["0 3", "2 1"]] * 4, "separates query heads"),
+        ([["0-1", "2-x"]] * 4, "not a pruning plan"),
+    ],
+)
+def test_damaged_merging(tmp_path, merged, message):
+    plan = make_plan(SCORES, tiny.SOURCE, replaced(**MERGED), kv_choice="merge")
+    value = plan.to_json() | {"merged_kv_heads": merged}
+    (tmp_path / "plan.json").write_text(json.dumps(value))
+    with pytest.raises(InputError, match=message) as error:
+        Plan.load(tmp_path / "plan.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kv_choice", "message"),
+    [
+        ({"heads": 6, "kv_heads": 3}, "merge", r"target\.kv_heads is 3; the source's 4 key/value"),
+        ({"heads": 6, "kv_heads": 2}, "drop", "target has 3 query heads for each key/value head"),
+        ({"heads": 4, "kv_heads": 2}, "mean", "kv_choice is 'mean'; choose one of drop, merge"),
+    ],
+)
+def test_impossible_merging(sizes, kv_choice, message):
+    with pytest.raises(InputError, match=message):
+        make_plan(SCORES, tiny.SOURCE, replaced(**sizes), kv_choice=kv_choice)
+
+
 def test_rotary_pairs_keep_the_targets_frequencies():
     np.testing.assert_array_equal(
         make_plan(SCORES, tiny.SOURCE, replaced(head_dim=4)).head_dim, [0, 2, 4, 6]
