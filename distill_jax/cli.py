@@ -52,6 +52,7 @@ _STAGE_HELP = {
     "corpus": "tokenize and pack the texts",
     "teachers": "import, pre-train or correct the teachers",
     "targets": "store the teachers' distributions over the training tokens",
+    "rounds": "cut and train on the way to the student's size, where the recipe says so",
     "prune": "importance -> plan -> surgery -> repair",
     "distill": "train the students, and the controls, from the stored targets",
     "sft": "fine-tune on demonstrations",
@@ -202,7 +203,6 @@ def _search(options: argparse.Namespace) -> dict[str, Any]:
         context=options.context,
         tied=recipe.prune.target.tied,
         repair_best=options.repair_best,
-        ridge=recipe.prune.ridge,
     )
     found = shapes.search(stages.Run(recipe, directory), config, rows=options.rows)
     if not options.json:

@@ -19,7 +19,7 @@ from distill_jax.data import CorpusConfig
 from distill_jax.evaluation import EvaluationConfig
 from distill_jax.models import LlamaConfig
 from distill_jax.parallel import MeshConfig
-from distill_jax.posttraining import TASKS, DpoConfig, RejectionConfig, SftConfig
+from distill_jax.posttraining import PostTrainingConfig
 from distill_jax.pruning import PruneConfig
 from distill_jax.teachers import Scheme, TopK, WriteConfig
 from distill_jax.training import TrainConfig
@@ -154,41 +154,17 @@ class DistillConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PostTrainingConfig:
-    """From the distilled model to one that answers: SFT, rejection sampling, DPO.
+class Round:
+    """A cut and a training on the way to the student; see `Recipe.rounds`.
 
     Attributes:
-      task: the verifiable task, a key of `posttraining.TASKS`.
-      problems: at most so many training problems are used; None for all.
-      sft: rows and loss of supervised fine-tuning.
-      sft_train: how it goes.
-      replay: the share of fine-tuning's rows that are plain text of the corpus, in [0, 1): without
-        any, a small model forgets the text while it learns to answer (Ibrahim et al., 2024). Every
-        token of the text is learnt, and only answers of the others: of the loss it is far more.
-        Rows of both must be of one length.
-      rejection: how answers are drawn and chosen.
-      rejection_train: fine-tuning on the chosen answers.
-      dpo: pairs and loss of preference optimisation.
-      dpo_train: how it goes.
+      prune: the shape to go through, importance, plan and repair.
+      distill: training of what the cut leaves, on the targets of the recipe's teachers; one
+        student, of the seed of its `train`.
     """
 
-    task: str
-    problems: int | None = None
-    sft: SftConfig = SftConfig()
-    sft_train: TrainConfig
-    replay: float = 0.0
-    rejection: RejectionConfig = RejectionConfig()
-    rejection_train: TrainConfig
-    dpo: DpoConfig = DpoConfig()
-    dpo_train: TrainConfig
-
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise InputError(f"posttraining.task: {self.task!r} is none of {', '.join(TASKS)}")
-        if self.sft.template != self.rejection.template:
-            raise InputError("posttraining: sft.template and rejection.template differ")
-        if not 0 <= self.replay < 1:
-            raise InputError(f"posttraining.replay is {self.replay}; it must be in [0, 1)")
+    prune: PruneConfig
+    distill: DistillConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,6 +179,9 @@ class Recipe:
         compared with first.
       targets: what is stored of them.
       pruned_teacher: name of the teacher that is cut.
+      rounds: cuts and trainings before the student's own, for more than half of the parameters
+        at once are hard to recover from (NVIDIA): the first cuts `pruned_teacher`, each later one,
+        and then `prune`, the model that the one before trained. The teachers stay.
       prune: the student's shape, importance, plan and repair.
       distill: the student's training.
       controls: what else is trained on as many tokens: "cross_entropy" from the same pruned start
@@ -221,6 +200,7 @@ class Recipe:
     teachers: Mapping[str, TeacherConfig]
     targets: TargetsConfig
     pruned_teacher: str
+    rounds: tuple[Round, ...] = ()
     prune: PruneConfig
     distill: DistillConfig
     controls: tuple[Control, ...] = ()
@@ -251,18 +231,25 @@ class Recipe:
                 f"posttraining.replay: rows of the corpus have {length} tokens, "
                 f"posttraining.sft.sequence_length is {post.sft.sequence_length}"
             )
-        for name in self.distill.terms:
-            if name not in self.teachers:
-                raise InputError(f"distill.terms: {name!r} is none of the teachers {made}")
-            self.store(name)
+        for field, distill in self.trainings.items():
+            for name in distill.terms:
+                if name not in self.teachers:
+                    raise InputError(f"{field}.terms: {name!r} is none of the teachers {made}")
+                self.store(name, field)
 
-    def store(self, teacher: str) -> str:
-        """The name of the store that the distillation reads of a teacher.
+    @property
+    def trainings(self) -> dict[str, DistillConfig]:
+        """The trainings of all rounds and the last one, in order, by the field they stand in."""
+        rounds = {f"rounds.{i}.distill": one.distill for i, one in enumerate(self.rounds)}
+        return rounds | {"distill": self.distill}
+
+    def store(self, teacher: str, training: str = "distill") -> str:
+        """The name of the store that a training, a key of `trainings`, reads of a teacher.
 
         Raises:
           InputError: there is no such store, or none that can give the divergence.
         """
-        term, schemes = self.distill.terms[teacher], self.targets.schemes
+        term, schemes = self.trainings[training].terms[teacher], self.targets.schemes
         exact = [name for name, scheme in schemes.items() if isinstance(scheme, TopK)]
         others = [name for name in schemes if name not in exact]
         linear = term.divergence == "forward_kl"  # in the teacher, so that samples will do
@@ -275,7 +262,9 @@ class Recipe:
             problem = f"{term.divergence} needs {'a' if linear else 'a top-k'} store, of"
         else:
             problem = f"{term.targets!r} is none of"
-        raise InputError(f"distill.terms.{teacher}.targets: {problem} the stores {list(schemes)}")
+        raise InputError(
+            f"{training}.terms.{teacher}.targets: {problem} the stores {list(schemes)}"
+        )
 
 
 def to_json(value: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from distill_jax import cli, data, models, posttraining
+from distill_jax import cli, data, models, posttraining, pruning
 from distill_jax.recipe import load_recipe
 from distill_jax.stages import students
 from distill_jax.stages.context import Run
@@ -126,6 +126,37 @@ def test_any_divergence_trains_by_one_line(whole, divergence):
     # Six steps see every row once, so these means are of the same rows.
     first, *_, last = np.reshape([line["loss"] for line in lines], (4, 6)).mean(axis=1)
     assert last < first - 0.01
+
+
+def test_a_round_on_the_way_is_cut_trained_and_cut_again(whole, tmp_path):
+    """8B -> 3B -> 1B in small, by the command line, from what the run left so far."""
+    for name in ("corpus", "teachers", "targets"):
+        shutil.copytree(whole / name, tmp_path / "run" / name)
+    config = tmp_path / "chain.py"
+    config.write_text(
+        "import dataclasses\n"
+        "from distill_jax.recipe import Round, load_recipe\n"
+        "def get_config():\n"
+        f"    recipe = load_recipe({str(CONFIG)!r}, ['size=test', 'distill.train.steps=4'])\n"
+        "    target = dataclasses.replace(recipe.prune.target, layers=4, embed=112, mlp=320)\n"
+        "    prune = dataclasses.replace(recipe.prune, target=target)\n"
+        "    rounds = (Round(prune=prune, distill=recipe.distill),)\n"
+        "    return dataclasses.replace(recipe, rounds=rounds, controls=(), posttraining=None)\n"
+    )
+    command = [str(config), "--out", str(tmp_path / "run")]
+    for stage in ("rounds", "prune", "distill"):
+        assert cli.main([stage, *command]) == 0
+    place = tmp_path / "run"
+    shapes = {
+        stage: models.load_config(place / stage)
+        for stage in ("rounds/0/prune", "rounds/0/distill", "prune", "distill/seed-0")
+    }
+    assert [shape.mlp for shape in shapes.values()] == [320, 320, 256, 256]
+    plan = pruning.Plan.load(place / "prune" / pruning.PLAN_FILE)
+    between = models.load(place / "rounds" / "0" / "distill")
+    assert plan.source == between.config
+    assert plan.model == pruning.model_fingerprint(between)
+    assert len(read_metrics(place / "rounds" / "0" / "distill" / "metrics.jsonl")) == 4
 
 
 def test_a_second_run_does_nothing_and_another_recipe_is_refused(whole, capsys):

@@ -1,14 +1,23 @@
+import dataclasses
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-from distill_jax import losses, models
+from distill_jax import losses, models, pruning
 from distill_jax.artifacts import InputError
-from distill_jax.recipe import TeacherConfig, TokenizerConfig, load_recipe, to_json
-from distill_jax.stages import preflight
+from distill_jax.recipe import (
+    Round,
+    TeacherConfig,
+    Term,
+    TokenizerConfig,
+    load_recipe,
+    to_json,
+)
+from distill_jax.stages import Run, preflight, report, students
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 TINY = CONFIGS / "tiny.py"
@@ -197,3 +206,66 @@ def test_any_divergence_by_one_line(divergence):
     recipe = load_recipe(TINY, ["size=test", f"divergence={divergence}"])
     preflight.check(recipe)
     assert {term.divergence for term in recipe.distill.terms.values()} == {divergence}
+
+
+def test_the_chain_leads_from_8b_over_3b_to_1b():
+    recipe = load_recipe(CONFIGS / "llama3_2_chain.py")
+    shapes = [*(one.prune.target for one in recipe.rounds), recipe.prune.target]
+    # The published 3B, and eight heads more: 28 layers of 2 * 3072 * 8 * 128 weights.
+    assert [shape.parameters for shape in shapes] == [3_212_749_824 + 176_160_768, 1_235_814_400]
+    assert list(recipe.trainings) == ["rounds.0.distill", "distill"]
+    source = models.LLAMA_3_1_8B
+    for shape in shapes:
+        pruning.check_shapes(source, shape)
+        source = shape
+
+
+def rounds(**changes):
+    """The tiny recipe with two rounds before its last, the second changed."""
+    recipe = load_recipe(TINY, ["size=test"])
+    target = dataclasses.replace(recipe.prune.target, layers=4, embed=112, mlp=320)
+    first = Round(prune=dataclasses.replace(recipe.prune, target=target), distill=recipe.distill)
+    second = dataclasses.replace(first, **changes)
+    return dataclasses.replace(recipe, rounds=(first, second))
+
+
+def test_wrong_rounds_are_refused_before_any_work():
+    preflight.check(rounds())
+    prune, distill = rounds().rounds[0].prune, rounds().distill
+    larger = dataclasses.replace(prune, target=dataclasses.replace(prune.target, mlp=321))
+    with pytest.raises(InputError, match=r"mlp is 321, larger than the source's 320"):
+        preflight.check(rounds(prune=larger))
+    narrow = dataclasses.replace(prune, target=dataclasses.replace(prune.target, mlp=255))
+    with pytest.raises(InputError, match=r"mlp is 256, larger than the source's 255"):
+        preflight.check(rounds(prune=narrow))
+    unknown = dataclasses.replace(distill, terms={"nobody": Term(weight=1.0)})
+    with pytest.raises(InputError, match=r"rounds\.1\.distill\.terms: 'nobody' is none of"):
+        rounds(distill=unknown)
+    terms = {"large": Term(weight=1.0, divergence="reverse_kl", targets="samples")}
+    with pytest.raises(InputError, match=r"rounds\.1\.distill\.terms\.large\.targets: reverse_kl"):
+        rounds(distill=dataclasses.replace(distill, terms=terms))
+    few = dataclasses.replace(distill, train=dataclasses.replace(distill.train, batch_rows=4))
+    with pytest.raises(InputError, match=r"rounds\.1\.distill\.train\.batch_rows: 4 rows"):
+        preflight.check(rounds(distill=few))
+
+
+def test_each_round_starts_from_the_student_of_the_one_before(tmp_path):
+    made = students.stages(Run(rounds(), epath.Path(tmp_path)))
+    reads = {stage.name: stage.inputs[1] for stage in made if "controls" not in stage.name}
+    assert reads == {
+        "rounds/0/prune": "teachers/large",
+        "rounds/0/distill": "rounds/0/prune",
+        "rounds/1/prune": "rounds/0/distill",
+        "rounds/1/distill": "rounds/1/prune",
+        "prune": "rounds/1/distill",
+        "distill/seed-0": "prune",
+    }
+    stored = {"targets/large", "targets/small"}
+    assert all(stored <= {*stage.inputs} for stage in made if stage.name.endswith("/distill"))
+
+
+def test_the_report_reads_the_rounds(tmp_path):
+    (stage,) = report.stages(Run(rounds(), epath.Path(tmp_path)))
+    assert {"rounds/0/prune", "rounds/0/distill", "rounds/1/prune", "rounds/1/distill"} <= {
+        *stage.inputs
+    }

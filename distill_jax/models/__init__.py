@@ -5,10 +5,14 @@ from distill_jax.models.config import LlamaConfig, RopeScaling
 from distill_jax.models.generation import Completion, Sampling, generate
 from distill_jax.models.gguf import load_gguf
 from distill_jax.models.hugging_face import (
-    config_from_hugging_face,
-    config_to_hugging_face,
     export_hugging_face,
     load_hugging_face,
+    open_hugging_face,
+    write_hugging_face,
+)
+from distill_jax.models.hugging_face_config import (
+    config_from_hugging_face,
+    config_to_hugging_face,
 )
 from distill_jax.models.llama import (
     Llama,
@@ -58,6 +62,8 @@ __all__ = [
     "logical_axes",
     "logits",
     "merge",
+    "open_hugging_face",
     "save",
     "unembedding",
+    "write_hugging_face",
 ]

@@ -15,7 +15,8 @@ from distill_jax.artifacts import InputError
 from distill_jax.models import interchange
 from distill_jax.models.config import LlamaConfig
 from distill_jax.models.gguf import load_gguf, load_gguf_config
-from distill_jax.models.hugging_face import config_from_hugging_face, load_hugging_face
+from distill_jax.models.hugging_face import load_hugging_face
+from distill_jax.models.hugging_face_config import config_from_hugging_face
 from distill_jax.models.llama import Model, Params, abstract_params
 
 _CONFIG = "model.json"

@@ -174,6 +174,24 @@ class Block(nnx.Module):
         return out, cache, {**activations, **attention_activations, **mlp_activations}
 
 
+def block(config: LlamaConfig, params: Params) -> Block:
+    """One layer as a module, for who wants to run `attention` and `mlp` apart.
+
+    Args:
+      config: the model's shape.
+      params: the layer's slice of `params["layers"]`.
+    """
+    graph, abstract = _abstract_block(config)
+    state = jax.tree.map(lambda x: x, abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_block(config: LlamaConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
+
+
 class Llama(nnx.Module):
     """The whole network up to the final norm; the unembedding belongs to the loss.
 

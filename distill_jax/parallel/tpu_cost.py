@@ -133,6 +133,21 @@ def memory_bytes(stats: Any) -> int:
     return held - stats.alias_size_in_bytes
 
 
+def largest_gathered(text: str) -> float:
+    """Bytes of the largest array that all-gathers or all-reduces of compiled HLO make whole."""
+    kinds = ("all-gather", "all-reduce")
+    return max(
+        (
+            size
+            for computation in _Program(text).computations.values()
+            for op in computation.values()
+            if op.opcode.removesuffix("-start") in kinds
+            for size, _ in _sizes(op.type)
+        ),
+        default=0.0,
+    )
+
+
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
 _FREE |= {"call", "partition-id", "replica-id", "after-all", "custom-call"}

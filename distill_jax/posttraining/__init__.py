@@ -13,6 +13,7 @@ from distill_jax.posttraining.chat import (
     end_of_turn,
     render,
 )
+from distill_jax.posttraining.config import PostTrainingConfig
 from distill_jax.posttraining.dpo import (
     DpoConfig,
     Pair,
@@ -52,6 +53,7 @@ __all__ = [
     "Example",
     "Message",
     "Pair",
+    "PostTrainingConfig",
     "Problem",
     "Record",
     "RejectionConfig",

@@ -2,11 +2,20 @@
 
 from distill_jax.pruning.activations import Aggregation, Batch
 from distill_jax.pruning.calibration import removal_losses
+from distill_jax.pruning.files import prune_files
+from distill_jax.pruning.head_merging import merge_query_heads
 from distill_jax.pruning.importance import ImportanceConfig, importance, model_fingerprint
 from distill_jax.pruning.merging import merge_kv_heads
 from distill_jax.pruning.picture import draw
 from distill_jax.pruning.plan import KvChoice, LayerChoice, Plan, check_shapes, make_plan
-from distill_jax.pruning.prune import PLAN_FILE, SCORES_FILE, PruneConfig, prune
+from distill_jax.pruning.prune import (
+    PLAN_FILE,
+    SCORES_FILE,
+    HeadChoice,
+    PruneConfig,
+    RepairOrder,
+    prune,
+)
 from distill_jax.pruning.repair import grams, repair
 from distill_jax.pruning.reuse import find_or_measure
 from distill_jax.pruning.scores import Scores
@@ -19,7 +28,9 @@ from distill_jax.pruning.search import (
     pareto,
     search,
 )
-from distill_jax.pruning.surgery import apply_plan, take
+from distill_jax.pruning.sequential import repair_in_sequence
+from distill_jax.pruning.surgery import apply_plan, take, take_state
+from distill_jax.pruning.tying import tie, tying_sums
 
 __all__ = [
     "PLAN_FILE",
@@ -28,11 +39,13 @@ __all__ = [
     "Batch",
     "Candidate",
     "Cost",
+    "HeadChoice",
     "ImportanceConfig",
     "KvChoice",
     "LayerChoice",
     "Plan",
     "PruneConfig",
+    "RepairOrder",
     "Scores",
     "SearchConfig",
     "apply_plan",
@@ -45,11 +58,17 @@ __all__ = [
     "importance",
     "make_plan",
     "merge_kv_heads",
+    "merge_query_heads",
     "model_fingerprint",
     "pareto",
     "prune",
+    "prune_files",
     "removal_losses",
     "repair",
+    "repair_in_sequence",
     "search",
     "take",
+    "take_state",
+    "tie",
+    "tying_sums",
 ]

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -13,12 +13,21 @@ from jax.sharding import Mesh
 from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.pruning.activations import Batch
+from distill_jax.pruning.head_merging import merge_query_heads
 from distill_jax.pruning.importance import ImportanceConfig
 from distill_jax.pruning.merging import merge_kv_heads
 from distill_jax.pruning.plan import KvChoice, LayerChoice, Plan, check_shapes, make_plan
 from distill_jax.pruning.repair import Grams, grams, repair
 from distill_jax.pruning.reuse import find_or_measure
+from distill_jax.pruning.sequential import repair_in_sequence
 from distill_jax.pruning.surgery import apply_plan
+from distill_jax.pruning.tying import TyingSums, tie, ties, tying_sums
+
+RepairOrder = Literal["at_once", "in_sequence"]
+"""How projections are repaired: `repair`, or `repair_in_sequence`."""
+
+HeadChoice = Literal["drop", "merge"]
+"""What becomes of query heads that go: nothing, or `merge_query_heads`."""
 
 SCORES_FILE = "scores.safetensors"
 PLAN_FILE = "plan.json"
@@ -33,26 +42,43 @@ class PruneConfig(ImportanceConfig):
       target: shape of the pruned model.
       layer_choice: which layers go, see `make_plan`.
       kv_choice: whether key/value heads are dropped or merged, see `make_plan`.
+      head_choice: whether query heads that go are merged into those that stay, as Minitron does.
       calibration_rows: rows that scores and repair see; fewer if the batches end first.
       removal_rows: rows on which "perplexity" tries the model without each layer, of those.
-      repair: whether the projections are repaired by least squares, see `repair`.
-      ridge: of the repair.
+      repair: whether least squares make up for what is cut: for the projections, and, if an untied
+        model becomes a tied one, for its two ends, see `tie`.
+      repair_order: "in_sequence" fits each projection to what the student lacks by then, layers
+        that were dropped included, see `repair_in_sequence`; "at_once" fits all of them to the
+        full model's inputs, in one pass, see `repair`.
+      ridge: of the repair. None: in sequence the best for each projection on calibration rows that
+        it was not fitted to, at once 1e-2.
     """
 
     target: models.LlamaConfig
     layer_choice: LayerChoice = "influence"
     kv_choice: KvChoice = "drop"
+    head_choice: HeadChoice = "drop"
     calibration_rows: int = 1024
     removal_rows: int = 64
     repair: bool = True
-    ridge: float = 1e-2
+    repair_order: RepairOrder = "in_sequence"
+    ridge: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("calibration_rows", "removal_rows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be positive")
-        if not self.ridge > 0:
+        for name, literal in {"head_choice": HeadChoice, "repair_order": RepairOrder}.items():
+            value, choices = getattr(self, name), get_args(literal)
+            if value not in choices:
+                raise InputError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        if self.kv_choice == self.head_choice == "merge":
+            raise InputError(
+                "kv_choice and head_choice are both 'merge'; query heads that go are merged into "
+                "those of their own key/value head, which must stay one"
+            )
+        if self.ridge is not None and not self.ridge > 0:
             raise InputError(f"ridge is {self.ridge}; it must be positive")
 
 
@@ -110,8 +136,12 @@ def prune(
         kv_choice=config.kv_choice,
     )
     plan.save(place / PLAN_FILE)
-    sums = grams(model, plan, rows, mesh=mesh) if config.repair else {}
-    student = _student(model, plan, sums, config.ridge, mesh)
+    start = merge_kv_heads(plan, model.params)
+    if config.head_choice == "merge":
+        start = merge_query_heads(plan, scores, start)
+    if config.repair and ties(plan):
+        start = start | _tied(plan, start, tying_sums(model, rows, mesh=mesh))
+    student = _student(model, plan, start, rows, config, mesh)
     figures = {
         "method": plan.method,
         "source_parameters": model.config.parameters,
@@ -120,7 +150,7 @@ def prune(
         "calibration_rows": sum(len(batch["tokens"]) for batch in rows),
         "calibration_fingerprint": scores.rows,
         "source_fingerprint": scores.model,
-        "repaired": sorted(sums.keys() - {"tokens"}),
+        "repair": config.repair_order if config.repair else "none",
     }
     return student, figures
 
@@ -141,16 +171,33 @@ def _first_rows(batches: Iterable[Batch], count: int) -> list[Batch]:
     return taken
 
 
+def _tied(plan: Plan, params: models.Params, sums: TyingSums) -> models.Params:
+    """The parameters that `tie` changes, alone: the others need not be copied."""
+    names = ("embedding", "final_norm")
+    return jax.jit(lambda *inputs: {k: tie(plan, *inputs)[k] for k in names})(params, sums)
+
+
 def _student(
-    model: models.Model, plan: Plan, sums: Grams, ridge: float, mesh: Mesh | None
+    model: models.Model,
+    plan: Plan,
+    start: models.Params,
+    rows: list[Batch],
+    config: PruneConfig,
+    mesh: Mesh | None,
 ) -> models.Model:
+    """`start`, parameters of the model's shape, cut and repaired to do what the model does."""
+    if config.repair and config.repair_order == "in_sequence":
+        params = repair_in_sequence(plan, model, rows, start=start, ridge=config.ridge, mesh=mesh)
+        return models.Model(plan.target, params)
+    sums = grams(model, plan, rows, mesh=mesh) if config.repair else {}
+    ridge = 1e-2 if config.ridge is None else config.ridge
+
     def cut(params: models.Params, sums: Grams) -> models.Params:
-        merged = merge_kv_heads(plan, params)
-        return apply_plan(plan, repair(plan, merged, sums, ridge=ridge))
+        return apply_plan(plan, repair(plan, params, sums, ridge=ridge), mesh=mesh)
 
     placed = None
     if mesh is not None:
         shapes = models.abstract_params(plan.target)
         placed = parallel.shardings(mesh, models.logical_axes(plan.target), shapes)
-    params = jax.jit(cut, out_shardings=placed)(model.params, sums)
+    params = jax.jit(cut, out_shardings=placed)(start, sums)
     return models.Model(plan.target, params)

@@ -11,6 +11,7 @@ Dimensions as in `distill_jax.models`; I inputs and O outputs of a projection, w
 
 import functools
 from collections.abc import Iterable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.pruning.activations import Batch, tokens_and_segments
 from distill_jax.pruning.plan import Plan
+
+Tree = TypeVar("Tree")
 
 Grams = dict[str, Array]
 """X^T X of projections' inputs by name, float32 [L, I, I] ("final": [I, I]), and "tokens" []."""
@@ -96,7 +99,7 @@ def repair(plan: Plan, params: models.Params, sums: Grams, *, ridge: float = 1e-
             damping = ridge + kept[name].shape[-1] / sums["tokens"]
             new = _absorb(weights, sums[name], plan.layers, kept[name], damping)
             if name in _NORMED:
-                norm, new = _balance(layers[block]["norm"], weights, new)
+                norm, new = balance(layers[block]["norm"], weights, new)
                 layers[block] = layers[block] | {"norm": norm}
             layers[block] = layers[block] | dict(zip(readers, new, strict=True))
     params = params | {"layers": layers}
@@ -104,7 +107,7 @@ def repair(plan: Plan, params: models.Params, sums: Grams, *, ridge: float = 1e-
         weights = (params["unembedding"][None],)
         damping = ridge + kept["final"].shape[-1] / sums["tokens"]
         new = _absorb(weights, sums["final"][None], np.zeros(1, int), kept["final"], damping)
-        norm, new = _balance(params["final_norm"][None], weights, new)
+        norm, new = balance(params["final_norm"][None], weights, new)
         params = params | {"final_norm": norm[0], "unembedding": new[0][0]}
     return params
 
@@ -152,12 +155,19 @@ def _batch_grams(
     )
     if "final" in names:
         sums["final"] = gram(hidden)
-    if mesh is not None:
-        axes = {name: _MATRIX_AXES[-x.ndim :] for name, x in sums.items()}
-        placed = parallel.shardings(mesh, axes, sums, _MATRIX_RULES)
-        sums = jax.lax.with_sharding_constraint(sums, placed)
+    sums = split_matrices(sums, mesh)
     sums["tokens"] = jnp.sum(where_BT, dtype=jnp.float32)
     return sums
+
+
+def split_matrices(tree: Tree, mesh: Mesh | None) -> Tree:
+    """Matrices [..., rows, columns], split over the mesh."""
+    if mesh is None:
+        return tree
+    axes = jax.tree.map(lambda x: _MATRIX_AXES[-x.ndim :], tree)
+    return jax.lax.with_sharding_constraint(
+        tree, parallel.shardings(mesh, axes, tree, _MATRIX_RULES)
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -180,7 +190,7 @@ def _absorb(
     def one(layer: tuple[tuple[Array, ...], Array, Array, Array]) -> tuple[Array, ...]:
         weights_IO, gram, kept, dropped = layer
         guess = _regression(gram, kept, dropped, damping)
-        return tuple(w[kept] + _exact_dot(guess, w[dropped]) for w in weights_IO)
+        return tuple(w[kept] + exact_dot(guess, w[dropped]) for w in weights_IO)
 
     flat = tuple(jnp.asarray(weight).reshape(L, inputs, -1) for weight in weights)
     chosen = tuple(weight[layers].astype(jnp.float32) for weight in flat)
@@ -191,7 +201,7 @@ def _absorb(
     )
 
 
-def _balance(
+def balance(
     norm_LD: Array, old: tuple[Array, ...], new: tuple[Array, ...]
 ) -> tuple[Array, tuple[Array, ...]]:
     """Moves the growth of each channel's weights into the norm before them; the function stays.
@@ -228,4 +238,4 @@ def _regression(gram: Array, kept: Array, dropped: Array, damping: Array) -> Arr
     return coefficients * size[dropped] / size[kept][:, None]
 
 
-_exact_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+exact_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

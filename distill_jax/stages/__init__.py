@@ -8,6 +8,7 @@ COMMANDS = (
     context.CORPUS,
     "teachers",
     "targets",
+    context.ROUNDS,
     context.PRUNE,
     "distill",
     context.SFT,

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from distill_jax import data, models, parallel, posttraining, training
 from distill_jax.recipe import Recipe
 
-CORPUS, PRUNE, SFT, REJECTION, DPO = "corpus", "prune", "sft", "rejection-sample", "dpo"
+CORPUS, ROUNDS, PRUNE = "corpus", "rounds", "prune"
+SFT, REJECTION, DPO = "sft", "rejection-sample", "dpo"
 EVALUATE, EXPORT, REPORT = "evaluate", "export", "report"
 """Names of the stages, and of their directories."""
 
@@ -122,6 +123,22 @@ def teacher(name: str) -> str:
 def targets(name: str) -> str:
     """The stage that stores a teacher's distributions."""
     return f"targets/{name}"
+
+
+def round_start(number: int) -> str:
+    """The stage that cuts a model for a round before the last."""
+    return f"{ROUNDS}/{number}/prune"
+
+
+def round_student(number: int) -> str:
+    """The stage that trains what `round_start` leaves."""
+    return f"{ROUNDS}/{number}/distill"
+
+
+def round_stages(recipe: Recipe) -> list[str]:
+    """The stages of all rounds before the last, in order."""
+    numbers = range(len(recipe.rounds))
+    return [name(number) for number in numbers for name in (round_start, round_student)]
 
 
 def student(seed: int) -> str:

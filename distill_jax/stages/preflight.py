@@ -44,11 +44,13 @@ def check(recipe: Recipe) -> None:
     sizes = {name: shape.vocab_size for name, shape in shapes.items()}
     if len(set(sizes.values())) > 1:
         raise InputError(f"teachers: have vocabularies of different size: {sizes}")
-    large = shapes[recipe.pruned_teacher]
-    small = dataclasses.replace(recipe.prune.target, vocab_size=large.vocab_size)
-    pruning.check_shapes(large, small, kv_choice=recipe.prune.kv_choice)
+    small = shapes[recipe.pruned_teacher]
+    for cut in (*(one.prune for one in recipe.rounds), recipe.prune):
+        large, small = small, dataclasses.replace(cut.target, vocab_size=small.vocab_size)
+        pruning.check_shapes(large, small, kv_choice=cut.kv_choice)
     models.config_to_hugging_face(small)
-    _check_objective(recipe, small.vocab_size)
+    for field in recipe.trainings:
+        _check_objective(recipe, field, small.vocab_size)
     _check_rows(recipe)
     if not all(recipe.prompts):
         raise InputError("prompts: one is empty; there is nothing to continue")
@@ -58,7 +60,7 @@ def check(recipe: Recipe) -> None:
             posttraining.end_of_turn(tokenizer, recipe.posttraining.rejection.template)
 
 
-def _check_objective(recipe: Recipe, vocab_size: int) -> None:
+def _check_objective(recipe: Recipe, field: str, vocab_size: int) -> None:
     """Traces the loss on the kinds of targets that the recipe stores."""
     stored = {
         "ids": jnp.zeros((1, 1), jnp.int32),
@@ -71,14 +73,15 @@ def _check_objective(recipe: Recipe, vocab_size: int) -> None:
     targets: dict[str, Any] = {"labels": jnp.zeros(1, jnp.int32)}
     for scheme in recipe.targets.schemes.values():
         scheme.columns(vocab_size)
-    for name in recipe.distill.terms:
-        scheme = recipe.targets.schemes[recipe.store(name)]
+    distill = recipe.trainings[field]
+    for name in distill.terms:
+        scheme = recipe.targets.schemes[recipe.store(name, field)]
         targets[name] = teachers.to_targets(scheme, stored, temperature=temperature)
     logits = jax.ShapeDtypeStruct((1, vocab_size), jnp.float32)
     try:
-        jax.eval_shape(lambda x: recipe.distill.objective(temperature)(x, targets), logits)
+        jax.eval_shape(lambda x: distill.objective(temperature)(x, targets), logits)
     except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"distill.terms: {error}") from error
+        raise InputError(f"{field}.terms: {error}") from error
 
 
 def _check_rows(recipe: Recipe) -> None:
@@ -86,7 +89,7 @@ def _check_rows(recipe: Recipe) -> None:
     mesh = parallel.make_mesh(recipe.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     runs = {f"teachers.{name}.train": t.train for name, t in recipe.teachers.items() if t.train}
-    runs["distill.train"] = recipe.distill.train
+    runs |= {f"{field}.train": distill.train for field, distill in recipe.trainings.items()}
     available = recipe.corpus.train_rows
     for name, run in runs.items():
         if available is not None and available < run.batch_rows:

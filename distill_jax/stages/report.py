@@ -39,6 +39,7 @@ def stages(run: Run) -> list[Stage]:
     """The last stage, which reads all others."""
     recipe = run.recipe
     inputs = [
+        *context.round_stages(recipe),
         PRUNE,
         *map(context.targets, recipe.teachers),
         *map(context.student, recipe.seeds),
@@ -217,6 +218,7 @@ def _finished(run: Run) -> list[evaluation.FinishedStage]:
     names = [
         CORPUS,
         *map(context.targets, recipe.teachers),
+        *context.round_stages(recipe),
         *context.model_stages(recipe),
         EVALUATE,
         EXPORT,

@@ -9,22 +9,33 @@ from etils import epath
 
 from distill_jax import data, losses, models, pruning, teachers, training
 from distill_jax.pipeline import Stage
-from distill_jax.recipe import Control, to_json
+from distill_jax.pruning import PruneConfig
+from distill_jax.recipe import Control, DistillConfig, to_json
 from distill_jax.stages import context
 from distill_jax.stages.context import CORPUS, PRUNE, Run
 
 
 def stages(run: Run) -> list[Stage]:
-    """The pruned start, then a student and its controls for every seed."""
+    """Rounds on the way, the pruned start, then a student and its controls for every seed."""
     recipe = run.recipe
-    prune = Stage(
-        name=PRUNE,
-        command="prune",
-        recipe=to_json(recipe.prune) | {"batch_rows": recipe.evaluation.batch_rows},
-        inputs=(CORPUS, context.teacher(recipe.pruned_teacher)),
-        work=lambda place: _prune(run, place),
-    )
-    stored = tuple(context.targets(name) for name in recipe.distill.terms)
+    made: list[Stage] = []
+    source = context.teacher(recipe.pruned_teacher)
+    for number, one in enumerate(recipe.rounds):
+        start = context.round_start(number)
+        made.append(_cut(run, start, context.ROUNDS, one.prune, source))
+        source = context.round_student(number)
+        field, seed = f"rounds.{number}.distill", one.distill.train.seed
+        made.append(
+            Stage(
+                name=source,
+                command=context.ROUNDS,
+                recipe={"distill": to_json(one.distill)},
+                inputs=(CORPUS, start, *_stored(one.distill)),
+                work=functools.partial(_distill, run, field, seed, start),
+            )
+        )
+    made.append(_cut(run, PRUNE, PRUNE, recipe.prune, source))
+    stored = _stored(recipe.distill)
     described = to_json(recipe.distill)
     # Controls without teachers do not depend on how teachers are weighed.
     inputs: Mapping[Control, tuple[str, ...]] = {
@@ -35,7 +46,6 @@ def stages(run: Run) -> list[Stage]:
         "cross_entropy": {"train": described["train"]},
         "random_start": {"distill": described},
     }
-    made = [prune]
     for seed in recipe.seeds:
         made.append(
             Stage(
@@ -43,7 +53,7 @@ def stages(run: Run) -> list[Stage]:
                 command="distill",
                 recipe={"distill": described, "seed": seed},
                 inputs=(CORPUS, PRUNE, *stored),
-                work=functools.partial(_distill, run, seed),
+                work=functools.partial(_distill, run, "distill", seed, PRUNE),
             )
         )
         for kind in recipe.controls:
@@ -59,22 +69,36 @@ def stages(run: Run) -> list[Stage]:
     return made
 
 
-def _prune(run: Run, place: epath.Path) -> dict[str, Any]:
-    recipe = run.recipe
-    model = run.load(context.teacher(recipe.pruned_teacher))
+def _cut(run: Run, name: str, command: str, config: PruneConfig, source: str) -> Stage:
+    batch_rows = run.recipe.evaluation.batch_rows
+    return Stage(
+        name=name,
+        command=command,
+        recipe=to_json(config) | {"batch_rows": batch_rows},
+        inputs=(CORPUS, source),
+        work=functools.partial(_prune, run, config, source),
+    )
+
+
+def _stored(distill: DistillConfig) -> tuple[str, ...]:
+    return tuple(context.targets(name) for name in distill.terms)
+
+
+def _prune(run: Run, config: PruneConfig, source: str, place: epath.Path) -> dict[str, Any]:
+    model = run.load(source)
     # A tokenizer that was trained on the corpus decides the vocabulary, the recipe cannot.
-    target = dataclasses.replace(recipe.prune.target, vocab_size=model.config.vocab_size)
+    target = dataclasses.replace(config.target, vocab_size=model.config.vocab_size)
     corpus = run.corpus("train")
     pruned, figures = pruning.prune(
         model,
         data.batches(
             corpus,
-            batch_rows=recipe.evaluation.batch_rows,
+            batch_rows=run.recipe.evaluation.batch_rows,
             seed=0,
             shuffle=False,
             epochs=1,
         ),
-        dataclasses.replace(recipe.prune, target=target),
+        dataclasses.replace(config, target=target),
         place,
         mesh=run.mesh,
         tokenizer=corpus.tokenizer_fingerprint,
@@ -83,13 +107,13 @@ def _prune(run: Run, place: epath.Path) -> dict[str, Any]:
     return figures
 
 
-def _distill(run: Run, seed: int, place: epath.Path) -> dict[str, Any]:
-    return _train_on_targets(run, seed, run.load(PRUNE), place)
+def _distill(run: Run, field: str, seed: int, start: str, place: epath.Path) -> dict[str, Any]:
+    return _train_on_targets(run, field, seed, run.load(start), place)
 
 
 def _random_start(run: Run, seed: int, place: epath.Path) -> dict[str, Any]:
     model = run.init(models.load_config(run.directory / PRUNE), seed)
-    return _train_on_targets(run, seed, model, place)
+    return _train_on_targets(run, "distill", seed, model, place)
 
 
 def _cross_entropy(run: Run, seed: int, place: epath.Path) -> dict[str, Any]:
@@ -109,14 +133,18 @@ _CONTROLS: Mapping[Control, Any] = {
 
 
 def _train_on_targets(
-    run: Run, seed: int, model: models.Model, place: epath.Path
+    run: Run, field: str, seed: int, model: models.Model, place: epath.Path
 ) -> dict[str, Any]:
-    """Trains on the text and the stored targets; no teacher is in memory."""
+    """Trains on the text and the stored targets, as a field of the recipe says.
+
+    No teacher is in memory.
+    """
     recipe = run.recipe
-    train = dataclasses.replace(recipe.distill.train, seed=seed)
+    distill = recipe.trainings[field]
+    train = dataclasses.replace(distill.train, seed=seed)
     stores = {
-        name: teachers.open_store(run.directory / context.targets(name) / recipe.store(name))
-        for name in recipe.distill.terms
+        name: teachers.open_store(run.directory / context.targets(name) / recipe.store(name, field))
+        for name in distill.terms
     }
     rows: data.RowSource = teachers.join(
         run.corpus("train"),
@@ -135,7 +163,7 @@ def _train_on_targets(
 
     loss_fn = training.language_model_loss(
         model.config,
-        recipe.distill.objective(recipe.targets.temperature),
+        distill.objective(recipe.targets.temperature),
         remat=train.remat,
         teacher_targets=teacher_targets,
         mesh=run.mesh,

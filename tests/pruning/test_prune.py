@@ -7,7 +7,14 @@ import tiny
 
 from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
-from distill_jax.pruning import Plan, PruneConfig, Scores, apply_plan, prune
+from distill_jax.pruning import (
+    Plan,
+    PruneConfig,
+    Scores,
+    apply_plan,
+    merge_query_heads,
+    prune,
+)
 
 SOURCE = dataclasses.replace(tiny.SOURCE, embed=16, vocab_size=32)
 TARGET = dataclasses.replace(SOURCE, layers=3, embed=8, mlp=12, heads=4, kv_heads=2, tied=True)
@@ -25,7 +32,7 @@ def test_prune_writes_scores_and_plan_and_can_be_repeated(tmp_path, batches):
     assert figures == same
     assert figures["calibration_rows"] == 12
     assert figures["parameters"] == sum(x.size for x in jax.tree.leaves(student.params))
-    assert figures["repaired"] == ["attention_input", "heads", "mlp_input", "neurons"]
+    assert figures["repair"] == "in_sequence"
     jax.tree.map(np.testing.assert_array_equal, student.params, again.params)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         "plan.json",
@@ -50,11 +57,26 @@ def test_prune_without_repair_is_the_plan_alone(tmp_path):
         student.params,
         expected,
     )
-    assert figures["repaired"] == []
+    assert figures["repair"] == "none"
 
 
-def test_prune_on_eight_devices(tmp_path, batches):
-    config = PruneConfig(target=TARGET, calibration_rows=8)
+@pytest.mark.parametrize("options", [{"repair": False}, {"repair_order": "at_once"}], ids=str)
+def test_heads_are_merged_before_the_cut(tmp_path, batches, options):
+    model = tiny.model(SOURCE)
+    target = dataclasses.replace(SOURCE, heads=4)
+    config = PruneConfig(target=target, head_choice="merge", **options)
+    student, _ = prune(model, batches, config, tmp_path)
+    scores = Scores.load(tmp_path / "scores.safetensors")
+    plan = Plan.load(tmp_path / "plan.json")
+    merged = apply_plan(plan, merge_query_heads(plan, scores, model.params))
+    query = student.params["layers"]["attention"]["query"]
+    np.testing.assert_allclose(query, merged["layers"]["attention"]["query"], rtol=1e-6)
+    assert not np.allclose(query, apply_plan(plan, model.params)["layers"]["attention"]["query"])
+
+
+@pytest.mark.parametrize("order", ["at_once", "in_sequence"])
+def test_prune_on_eight_devices(tmp_path, batches, order):
+    config = PruneConfig(target=TARGET, calibration_rows=16, repair_order=order, ridge=0.1)
     one, _ = prune(tiny.model(SOURCE), batches, config, tmp_path / "one")
     mesh = parallel.make_mesh(parallel.MeshConfig(fsdp=4, tensor=2))
     model = tiny.model(SOURCE)
@@ -85,5 +107,7 @@ def test_a_wrong_target_is_refused_before_anything_is_read(tmp_path):
 def test_wrong_fields():
     with pytest.raises(InputError, match="calibration_rows is 0"):
         PruneConfig(target=TARGET, calibration_rows=0)
+    with pytest.raises(InputError, match="repair_order is 'twice'; choose one of at_once"):
+        PruneConfig(target=TARGET, repair_order="twice")
     with pytest.raises(InputError, match="ridge is 0"):
         PruneConfig(target=TARGET, ridge=0.0)

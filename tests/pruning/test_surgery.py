@@ -1,14 +1,19 @@
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_llama
+import optax
 import pytest
 import tiny
 
 from distill_jax import models, parallel
-from distill_jax.pruning import apply_plan, make_plan, take
+from distill_jax.artifacts import InputError
+from distill_jax.parallel import tpu_cost
+from distill_jax.pruning import apply_plan, make_plan, take, take_state
+from distill_jax.recipe import load_recipe
 
 SCALING_8 = models.RopeScaling(factor=8.0)
 SCALING_32 = models.RopeScaling(factor=32.0)
@@ -137,10 +142,19 @@ def test_masks_with_no_cut_are_the_model():
     np.testing.assert_allclose(got[segments > 0], want[segments > 0], atol=1e-5)
 
 
+# By hand, V D + L (2 D C (H + K) + 3 D F + 2 D) + D:
+# 1B: 128256*2048 + 16 (2*2048*64*40 + 3*2048*8192 + 4096) + 2048, 3B: 128256*3072
+# + 28 (2*3072*128*32 + 3*3072*8192 + 6144) + 3072.
 @pytest.mark.parametrize(
-    ("target", "parameters"), [(LLAMA_3_2_1B, 1_235_814_400), (LLAMA_3_2_3B, 3_212_749_824)]
+    ("config", "target", "parameters"),
+    [
+        ("llama3_2_1b.py", LLAMA_3_2_1B, 1_235_814_400),
+        ("llama3_2_3b.py", LLAMA_3_2_3B, 3_212_749_824),
+    ],
 )
-def test_shapes_of_llama_3_2(target, parameters):
+def test_shapes_of_llama_3_2(config, target, parameters):
+    recipe = load_recipe(pathlib.Path(__file__).parents[2] / "configs" / config)
+    assert recipe.prune.target == target
     plan = make_plan(tiny.random_scores(LLAMA_3_1_8B), LLAMA_3_1_8B, target)
     abstract = models.abstract_params(LLAMA_3_1_8B, jnp.bfloat16)
     pruned = jax.eval_shape(lambda params: apply_plan(plan, params), abstract)
@@ -163,7 +177,7 @@ def test_eight_devices_equal_one():
     mesh = parallel.make_mesh(parallel.MeshConfig(fsdp=4, tensor=2))
     before = parallel.shardings(mesh, models.logical_axes(source), params)
     after = parallel.shardings(mesh, models.logical_axes(target), one)
-    eight = jax.jit(lambda x: apply_plan(plan, x), out_shardings=after)(
+    eight = jax.jit(lambda x: apply_plan(plan, x, mesh=mesh), out_shardings=after)(
         jax.device_put(params, before)
     )
     assert len(eight["layers"]["mlp"]["down"].sharding.device_set) == 8
@@ -183,3 +197,74 @@ def test_take_serves_any_tree_that_bears_the_axes():
     layer = 1
     expected = query[plan.layers[layer]][np.ix_(plan.embed, plan.heads[layer], plan.head_dim)]
     np.testing.assert_array_equal(cut["mu"]["layers"]["attention"]["query"][layer], expected)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_optimizer_state_is_cut_like_the_parameters(tied):
+    """Adam's moments after real gradients, inside a chain, against slices by hand."""
+    target = dataclasses.replace(tiny.SOURCE, **CUTS["everything"] | {"tied": tied})
+    plan = make_plan(tiny.random_scores(tiny.SOURCE), tiny.SOURCE, target)
+    params = tiny.model().params
+    optimizer = optax.MultiSteps(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), every_k_schedule=2
+    )
+    state = optimizer.init(params)
+    for step in range(3):
+        _, state = optimizer.update(tiny.model(seed=step).params, state, params)
+    cut = jax.jit(lambda state: take_state(plan, state))(state)
+    fresh = optimizer.init(apply_plan(plan, params))
+    assert jax.tree.structure(cut) == jax.tree.structure(fresh)
+    assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, fresh)
+    assert (cut.mini_step, cut.gradient_step) == (1, 1)
+    adam, old = (s.inner_opt_state[1][0] for s in (cut, state))
+    assert adam.count == 1
+    for moment in ("mu", "nu"):
+        new, whole = (jax.tree.map(np.asarray, getattr(x, moment)) for x in (adam, old))
+        assert np.abs(whole["embedding"]).max() > 0
+        np.testing.assert_array_equal(new["embedding"], whole["embedding"][:, plan.embed])
+        for place, layer in enumerate(plan.layers):
+            kept = {
+                ("attention", "norm"): np.ix_(plan.embed),
+                ("attention", "key"): np.ix_(plan.embed, plan.kv_heads[place], plan.head_dim),
+                ("attention", "output"): np.ix_(plan.heads[place], plan.head_dim, plan.embed),
+                ("mlp", "down"): np.ix_(plan.mlp[place], plan.embed),
+            }
+            for (block, name), index in kept.items():
+                np.testing.assert_array_equal(
+                    new["layers"][block][name][place], whole["layers"][block][name][layer][index]
+                )
+
+
+def test_a_state_that_does_not_mirror_the_parameters_is_refused():
+    target = dataclasses.replace(tiny.SOURCE, **CUTS["everything"])
+    plan = make_plan(tiny.random_scores(tiny.SOURCE), tiny.SOURCE, target)
+    state = optax.adafactor(1e-3, min_dim_size_to_factor=4).init(tiny.model().params)
+    with pytest.raises(InputError, match=r"optimizer state.*v_row.* does not mirror"):
+        take_state(plan, state)
+
+
+def test_no_device_ever_holds_a_whole_parameter():
+    """The compiled program moves split arrays; whole it makes norms and indices alone."""
+    source = dataclasses.replace(
+        tiny.SOURCE, vocab_size=512, embed=64, mlp=224, layers=8, kv_heads=8, heads=16, head_dim=16
+    )
+    target = dataclasses.replace(source, embed=32, mlp=128, layers=4, head_dim=8, tied=True)
+    plan = make_plan(tiny.random_scores(source), source, target)
+    mesh = parallel.make_mesh(parallel.MeshConfig(fsdp=4, tensor=2))
+
+    def placed(config):
+        shapes = models.abstract_params(config)
+        return parallel.shardings(mesh, models.logical_axes(config), shapes)
+
+    def largest_gathered(mesh):
+        cut = jax.jit(
+            lambda params: apply_plan(plan, params, mesh=mesh),
+            in_shardings=(placed(source),),
+            out_shardings=placed(target),
+        )
+        compiled = cut.lower(models.abstract_params(source)).compile()
+        return tpu_cost.largest_gathered(compiled.as_text())
+
+    smallest, largest = (4 * 64 * 8 * 16, 4 * 64 * 224)  # matrices of a layer: keys, neurons
+    assert largest_gathered(None) > largest
+    assert 0 < largest_gathered(mesh) < smallest / 10

@@ -1,0 +1,48 @@
+"""What a recipe says of post-training."""
+
+import dataclasses
+
+from distill_jax.artifacts import InputError
+from distill_jax.posttraining.dpo import DpoConfig
+from distill_jax.posttraining.rejection import RejectionConfig
+from distill_jax.posttraining.sft import SftConfig
+from distill_jax.posttraining.tasks import TASKS
+from distill_jax.training import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PostTrainingConfig:
+    """From the distilled model to one that answers: SFT, rejection sampling, DPO.
+
+    Attributes:
+      task: the verifiable task, a key of `posttraining.TASKS`.
+      problems: at most so many training problems are used; None for all.
+      sft: rows and loss of supervised fine-tuning.
+      sft_train: how it goes.
+      replay: the share of fine-tuning's rows that are plain text of the corpus, in [0, 1): without
+        any, a small model forgets the text while it learns to answer (Ibrahim et al., 2024). Every
+        token of the text is learnt, and only answers of the others: of the loss it is far more.
+        Rows of both must be of one length.
+      rejection: how answers are drawn and chosen.
+      rejection_train: fine-tuning on the chosen answers.
+      dpo: pairs and loss of preference optimisation.
+      dpo_train: how it goes.
+    """
+
+    task: str
+    problems: int | None = None
+    sft: SftConfig = SftConfig()
+    sft_train: TrainConfig
+    replay: float = 0.0
+    rejection: RejectionConfig = RejectionConfig()
+    rejection_train: TrainConfig
+    dpo: DpoConfig = DpoConfig()
+    dpo_train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise InputError(f"posttraining.task: {self.task!r} is none of {', '.join(TASKS)}")
+        if self.sft.template != self.rejection.template:
+            raise InputError("posttraining: sft.template and rejection.template differ")
+        if not 0 <= self.replay < 1:
+            raise InputError(f"posttraining.replay is {self.replay}; it must be in [0, 1)")

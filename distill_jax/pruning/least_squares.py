@@ -1,0 +1,81 @@
+"""Ridge least squares from sums over calibration tokens, the penalty chosen on other tokens.
+
+Dimensions: B batch, T time, I inputs, O outputs.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from distill_jax.pruning.repair import exact_dot, split_matrices
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""What the penalty is chosen from, as fractions of each input's power."""
+_CHECKED = 4
+
+
+class Sums(NamedTuple):
+    """Of calibration tokens, float32: X^T X [I, I], and X^T Y [I, O] with Y what is lacking."""
+
+    gram: Array
+    cross: Array
+
+
+def sums_of(inputs_BTI: Array, lacking_BTO: Array, weight_BT: Array, mesh: Mesh | None) -> Sums:
+    """Of one batch, each token counted by its weight; split over the mesh."""
+    root = jnp.sqrt(weight_BT)[..., None]
+    x, y = inputs_BTI.astype(jnp.float32) * root, lacking_BTO.astype(jnp.float32) * root
+    return split_matrices(
+        Sums(jnp.einsum("BTI,BTJ->IJ", x, x), jnp.einsum("BTI,BTO->IO", x, y)), mesh
+    )
+
+
+def fit(parts: Iterable[Sums], ridge: float | None) -> Array:
+    """The change of a projection, (G + ridge diag G)^-1 X^T Y, float32 [I, O].
+
+    Args:
+      parts: the sums of each batch.
+      ridge: the penalty, or None: of `RIDGES`, or no change at all, what errs least on every fourth
+        batch, from the second on, when the others are fitted; then all are.
+    """
+    fitted, checked = None, None
+    for number, part in enumerate(parts):
+        if ridge is None and number % _CHECKED == 1:
+            checked = part if checked is None else _add(checked, part)
+        else:
+            fitted = part if fitted is None else _add(fitted, part)
+    return _choose(fitted, checked) if ridge is None else _solve(fitted, ridge)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total: Sums, new: Sums) -> Sums:
+    return jax.tree.map(jnp.add, total, new)
+
+
+@jax.jit
+def _solve(sums: Sums, ridge: Array | float) -> Array:
+    """Inputs are scaled to unit power first: float32 suffices though some are far louder."""
+    power = jnp.diagonal(sums.gram)
+    size = jnp.sqrt(jnp.where(power > 0, power, 1.0))[:, None]
+    correlation = sums.gram / size / size.T
+    factor = jax.scipy.linalg.cho_factor(correlation + ridge * jnp.eye(len(size)))
+    return jax.scipy.linalg.cho_solve(factor, sums.cross / size) / size
+
+
+@jax.jit
+def _choose(fitted: Sums, checked: Sums) -> Array:
+    def error(change_IO: Array) -> Array:
+        """By how much the change adds to the summed squares on the checked tokens."""
+        squares = jnp.sum(change_IO * exact_dot(checked.gram, change_IO))
+        return squares - 2 * jnp.sum(change_IO * checked.cross)
+
+    errors = jnp.stack([error(_solve(fitted, ridge)) for ridge in RIDGES])
+    errors = jnp.nan_to_num(errors, nan=jnp.inf)
+    best = jnp.array(RIDGES)[jnp.argmin(errors)]
+    everything = Sums(fitted.gram + checked.gram, fitted.cross + checked.cross)
+    return jnp.where(jnp.min(errors) < 0, _solve(everything, best), 0.0)

@@ -1,0 +1,338 @@
+"""Repair layer by layer: what a projection writes makes up for all that was lost before it.
+
+The student is built from its first layer on while the full model runs beside it on the same tokens.
+Each projection that writes to the residual stream is fitted, by ridge least squares, to the
+difference between the full model's stream after it and the student's stream before it, on the
+kept channels: with h the student's heads or neurons, x~ its stream and x the full model's stream
+where the student's next part reads it,
+
+    W = argmin_W  sum_t |x_t - x~_t - h_t W|^2 / mean(x_t^2)  +  ridge |h|^2 |W - W_cut|^2 .
+
+So a layer is fitted to inputs that it will see, and mends the errors of those before it; where
+layers are dropped, x is the stream after them, and the kept layer before does their linear part.
+The weight of a token is what RMSNorm makes of it: a few tokens of a Llama are a thousand times
+louder than all others. If channels of the stream go, what reads it is fitted as well: the
+student's normed stream x~ gives the best linear guess of the full one, through which the full
+projection is read. Llamas have no biases, so a change of the mean cannot be made up for by one.
+
+K-prune (Park et al. 2024) rebuilds the sub-layers of encoders in this order; SparseGPT and GPTQ
+(Frantar et al. 2023) do so for single weights.
+
+Dimensions as in `distill_jax.models`; a prime marks the student's; I inputs, O outputs of a fit.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from distill_jax import models, parallel, progress
+from distill_jax.artifacts import InputError
+from distill_jax.models import llama
+from distill_jax.pruning.activations import Batch, tokens_and_segments
+from distill_jax.pruning.least_squares import Sums, fit, sums_of
+from distill_jax.pruning.plan import Plan
+from distill_jax.pruning.repair import balance, exact_dot
+from distill_jax.pruning.surgery import apply_plan, take_layer, weight_scales
+
+Layer = dict[str, dict[str, Array]]
+"""Parameters of one layer."""
+
+
+@dataclasses.dataclass
+class _Rows:
+    """A calibration batch on its way through both models.
+
+    Streams are [B, T, D or D']: the full model's before a layer, between its attention and its
+    MLP, and before the next layer that is kept; the student's so far.
+    """
+
+    segments: Array
+    before: Array
+    student: Array
+    middle: Array
+    after: Array
+
+
+def repair_in_sequence(
+    plan: Plan,
+    model: models.Model,
+    batches: Iterable[Batch],
+    *,
+    start: models.Params | None = None,
+    ridge: float | None = None,
+    mesh: Mesh | None = None,
+) -> models.Params:
+    """The student's parameters, repaired; no gradient step is taken.
+
+    Costs about two and a half forward passes. Beside both models, devices hold of every calibration
+    token three streams of the full model and one of the student, in the parameters' type, and the
+    inputs of one projection, all split over the mesh.
+
+    Args:
+      plan: what is kept.
+      model: the model before pruning.
+      batches: calibration batches; padding is left out.
+      start: parameters of the full shape that are cut, if they are not the model's own: where
+        heads were merged, say. The student is fitted to the model all the same.
+      ridge: the penalty, as a fraction of each input's power. None: the best for each projection,
+        the plain cut among them, on every fourth batch, see `least_squares.fit`. It takes two
+        batches or more.
+      mesh: where rows are split and parameters live; None leaves that to JAX.
+
+    Raises:
+      InputError: there are no batches, or one alone and no ridge.
+    """
+    shardings = None
+    if mesh is not None:
+        shapes = models.abstract_params(plan.target)
+        shardings = parallel.shardings(mesh, models.logical_axes(plan.target), shapes)
+    cut = jax.jit(functools.partial(apply_plan, plan, mesh=mesh), out_shardings=shardings)
+    start = model.params if start is None else start
+    student = cut(start)
+    rows = _first_rows(batches, model.params, student, mesh)
+    if len(rows) < (2 if ridge is None else 1):
+        raise InputError(
+            "one calibration batch is too few to choose the repair's ridge: give two, or a ridge"
+            if rows
+            else "there are no calibration batches for the repair"
+        )
+    work = _Repair(plan, model.params, start, ridge, mesh)
+    work.pass_by(rows, range(plan.layers[0]))
+    ends = [*plan.layers[1:], plan.source.layers]
+    layers = []
+    with progress.bar("repair", len(ends), unit="layers") as bar:
+        for place, (index, end) in enumerate(zip(plan.layers, ends, strict=True)):
+            for row in rows:
+                row.before = row.after
+            work.run_full(rows, index, range(index + 1, end))
+            layers.append(work.layer(rows, _layer(student["layers"], place), place))
+            bar.advance()
+    stacked = jax.jit(
+        lambda layers: jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),
+        out_shardings=shardings and shardings["layers"],
+    )(layers)
+    return work.end(rows, student | {"layers": stacked}, shardings)
+
+
+def _first_rows(
+    batches: Iterable[Batch], full: models.Params, student: models.Params, mesh: Mesh | None
+) -> list[_Rows]:
+    sharding = parallel.batch_sharding(mesh) if mesh else None
+    rows = []
+    for batch in batches:
+        tokens, segments = tokens_and_segments(batch, sharding)
+        large, small = (_embed(tree["embedding"], tokens) for tree in (full, student))
+        rows.append(_Rows(segments, large, small, large, large))
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Repair:
+    """What is the same in every layer, and the work on one."""
+
+    plan: Plan
+    params: models.Params
+    start: models.Params
+    ridge: float | None
+    mesh: Mesh | None
+
+    @property
+    def cuts_stream(self) -> bool:
+        """Whether channels of the residual stream go, so that what reads it is fitted too."""
+        return self.plan.target.embed < self.plan.source.embed
+
+    def pass_by(self, rows: Sequence[_Rows], dropped: Iterable[int]) -> None:
+        """The full model's layers that the student lacks."""
+        for index in dropped:
+            layer = _layer(self.params["layers"], index)
+            for row in rows:
+                _, row.after = _full_layer(self.plan.source, layer, row.after, row.segments)
+
+    def run_full(self, rows: Sequence[_Rows], index: int, dropped: Iterable[int]) -> None:
+        """A kept layer of the full model, and the dropped ones behind it."""
+        layer = _layer(self.params["layers"], index)
+        for row in rows:
+            row.middle, row.after = _full_layer(self.plan.source, layer, row.before, row.segments)
+        self.pass_by(rows, dropped)
+
+    def layer(self, rows: Sequence[_Rows], layer: Layer, place: int) -> Layer:
+        """Kept layer `place`, repaired; the student's streams move on through it."""
+        config = self.plan.target
+        layer = self._readers(rows, layer, place, "attention", [row.before for row in rows])
+        heads = [_heads(config, layer, row.student, row.segments) for row in rows]
+        output = layer["attention"]["output"]
+        flat = output.reshape(-1, config.embed)
+        new = self._writer(rows, heads, flat, [row.middle for row in rows])
+        layer = layer | {"attention": layer["attention"] | {"output": new.reshape(output.shape)}}
+        layer = self._readers(rows, layer, place, "mlp", [row.middle for row in rows])
+        neurons = [_neurons(config, layer, row.student) for row in rows]
+        down = self._writer(rows, neurons, layer["mlp"]["down"], [row.after for row in rows])
+        return layer | {"mlp": layer["mlp"] | {"down": down}}
+
+    def _writer(
+        self, rows: Sequence[_Rows], inputs: list[Array], start_IE: Array, wanted: list[Array]
+    ) -> Array:
+        """What writes to the stream, fitted to what the stream lacks; the streams get it."""
+        parts = (
+            _writer_sums(x, start_IE, want, row.student, row.segments, self.plan.embed, self.mesh)
+            for x, want, row in zip(inputs, wanted, rows, strict=True)
+        )
+        new_IE = start_IE + fit(parts, self.ridge)
+        for x, row in zip(inputs, rows, strict=True):
+            row.student = _write(row.student, x, new_IE)
+        return new_IE.astype(start_IE.dtype)
+
+    def _readers(
+        self, rows: Sequence[_Rows], layer: Layer, place: int, block: str, full: list[Array]
+    ) -> Layer:
+        """What reads the stream after a norm, if channels of it went."""
+        if not self.cuts_stream:
+            return layer
+        index, mine = int(self.plan.layers[place]), layer[block]
+        before = _layer(self.start["layers"][block], index)
+        full_norm = self.params["layers"][block]["norm"][index]
+        guess_ED = self._guess(rows, mine["norm"], full_norm, full)
+        names = ("query", "key", "value") if block == "attention" else ("gate", "up")
+        axes = models.logical_axes(self.plan.source)["layers"][block]
+        scales = weight_scales(self.plan)
+        new = []
+        for name in names:
+            # The stream is read through the guess; the other axes are cut as ever.
+            rest = tuple("" if axis == "embed" else axis for axis in axes[name][1:])
+            whole = take_layer(self.plan, before[name], rest, place)
+            scale = scales.get(("layers", block, name), np.float32(1))
+            new.append(_read_through(guess_ED, whole, scale, mine[name].dtype))
+        norm, balanced = balance(
+            mine["norm"][None],
+            tuple(mine[name][None] for name in names),
+            tuple(weight[None] for weight in new),
+        )
+        readers = {name: weight[0] for name, weight in zip(names, balanced, strict=True)}
+        return layer | {block: mine | {"norm": norm[0]} | readers}
+
+    def _guess(
+        self, rows: Sequence[_Rows], norm_E: Array, full_norm_D: Array, full: list[Array]
+    ) -> Array:
+        """The full model's normed stream as a linear map [D', D] of the student's."""
+        eps = self.plan.source.norm_eps
+        parts = (
+            _reader_sums(
+                norm_E, full_norm_D, row.student, x, row.segments, self.plan.embed, eps, self.mesh
+            )
+            for x, row in zip(full, rows, strict=True)
+        )
+        kept = jax.nn.one_hot(self.plan.embed, self.plan.source.embed)
+        return kept + fit(parts, self.ridge)
+
+    def end(
+        self, rows: Sequence[_Rows], student: models.Params, shardings: Any | None
+    ) -> models.Params:
+        """The unembedding, if it is a matrix of its own and channels went."""
+        if not self.cuts_stream or self.plan.target.tied:
+            return student
+        guess_ED = self._guess(
+            rows, student["final_norm"], self.params["final_norm"], [row.after for row in rows]
+        )
+
+        def read(
+            guess_ED: Array, norm_E: Array, old_EV: Array, full_DV: Array
+        ) -> tuple[Array, Array]:
+            new = _read_through(guess_ED, full_DV, np.float32(1), old_EV.dtype)
+            norm, (unembedding,) = balance(norm_E[None], (old_EV[None],), (new[None],))
+            return norm[0], unembedding[0]
+
+        placed = shardings and (shardings["final_norm"], shardings["unembedding"])
+        norm, unembedding = jax.jit(read, out_shardings=placed)(
+            guess_ED, student["final_norm"], student["unembedding"], self.start["unembedding"]
+        )
+        return student | {"final_norm": norm, "unembedding": unembedding}
+
+
+@jax.jit
+def _layer(stacked: Any, index: int) -> Layer:
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+@jax.jit
+def _embed(embedding_VD: Array, tokens_BT: Array) -> Array:
+    return embedding_VD[tokens_BT]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _full_layer(
+    config: models.LlamaConfig, layer: Layer, x_BTD: Array, segments_BT: Array
+) -> tuple[Array, Array]:
+    """The stream after attention, and after the MLP."""
+    block = llama.block(config, layer)
+    added, _, _ = block.attention(x_BTD, *_surroundings(config, segments_BT), None)
+    middle = x_BTD + added
+    added, _ = block.mlp(middle)
+    return middle, middle + added
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _heads(config: models.LlamaConfig, layer: Layer, x_BTE: Array, segments_BT: Array) -> Array:
+    block = llama.block(config, layer)
+    _, _, seen = block.attention(x_BTE, *_surroundings(config, segments_BT), None)
+    return seen["heads"].reshape(*segments_BT.shape, -1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _neurons(config: models.LlamaConfig, layer: Layer, x_BTE: Array) -> Array:
+    return llama.block(config, layer).mlp(x_BTE)[1]["neurons"]
+
+
+def _surroundings(config: models.LlamaConfig, segments_BT: Array) -> tuple[Any, llama.Attend]:
+    angles = llama.rotary_angles(config, llama.segment_positions(segments_BT))
+    return angles, llama.segment_attention(segments_BT)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _writer_sums(
+    inputs_BTI: Array,
+    start_IE: Array,
+    wanted_BTD: Array,
+    stream_BTE: Array,
+    segments_BT: Array,
+    kept: Array,
+    mesh: Mesh | None,
+) -> Sums:
+    wanted = wanted_BTD.astype(jnp.float32)
+    power_BT = jnp.mean(jnp.square(wanted), axis=-1)
+    weight_BT = jnp.where(segments_BT > 0, 1 / jnp.maximum(power_BT, 1e-30), 0)
+    lacking = wanted[..., kept] - (stream_BTE + inputs_BTI @ start_IE)
+    return sums_of(inputs_BTI, lacking, weight_BT, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "mesh"))
+def _reader_sums(
+    norm_E: Array,
+    full_norm_D: Array,
+    stream_BTE: Array,
+    full_BTD: Array,
+    segments_BT: Array,
+    kept: Array,
+    eps: float,
+    mesh: Mesh | None,
+) -> Sums:
+    inputs = llama.rms_norm(stream_BTE, norm_E, eps)
+    lacking = llama.rms_norm(full_BTD, full_norm_D, eps).at[..., kept].add(-inputs)
+    return sums_of(inputs, lacking, (segments_BT > 0).astype(jnp.float32), mesh)
+
+
+@jax.jit
+def _write(stream_BTE: Array, inputs_BTI: Array, weight_IE: Array) -> Array:
+    return stream_BTE + (inputs_BTI @ weight_IE.astype(inputs_BTI.dtype))
+
+
+def _read_through(guess_ED: Array, weight_D: Array, scale: Any, dtype: Any) -> Array:
+    """A projection [D, ...] of the full normed stream as one [D', ...] of the student's."""
+    flat = weight_D.astype(jnp.float32).reshape(weight_D.shape[0], -1)
+    return (exact_dot(guess_ED, flat) * scale).reshape(-1, *weight_D.shape[1:]).astype(dtype)
