@@ -27,7 +27,7 @@ from distill_jax import (
 )
 from distill_jax.artifacts import InputError
 from distill_jax.recipe import Recipe, load_recipe
-from distill_jax.stages import preflight, shapes
+from distill_jax.stages import context, preflight, shapes
 
 _DESCRIPTION = """\
 Turns a large Llama into a small one:
@@ -45,7 +45,7 @@ examples:
   distill-jax search configs/tiny.py --out runs/mine --parameters 4e5 5e5
       which shape of that size predicts best right after the cut; needs corpus and teachers
   distill-jax generate runs/mine/distill/seed-0 --prompt "The capital of France is"
-  distill-jax inspect runs/mine/targets/large/samples
+  distill-jax inspect runs/mine/targets/large/samples --row 3
   distill-jax verify runs/mine/targets/large/samples --corpus runs/mine/corpus"""
 
 _STAGE_HELP = {
@@ -126,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     inspect = add("inspect", "show what a file or directory of a run holds", _inspect)
     inspect.add_argument("artifact", help="a store, a stage's directory, a model, or a plan")
+    inspect.add_argument(
+        "--corpus", help="of a store: shows a row of it (default: that of the store's own run)"
+    )
+    inspect.add_argument("--split", default="train")
+    inspect.add_argument("--row", type=int, default=0, help="which row of the corpus")
+    inspect.add_argument("--tokens", type=int, default=32, help="how many of its tokens")
     verify = add("verify", "re-hash a store of targets, and recompute some of its rows", _verify)
     verify.add_argument("store")
     verify.add_argument("--corpus", help="a corpus directory, to compare rows with")
@@ -269,15 +275,33 @@ def _inspect(options: argparse.Namespace) -> dict[str, Any]:
             console = rich.console.Console()
             console.print(pruning.draw(plan, width=min(console.width, 120)))
         return plan.to_json()
+    if (place / "store.json").exists():
+        found = _describe_store(place, options)
+        if not options.json:
+            teachers.show(found)
+        return found
     found = _describe(place)
     if not options.json:
         print(json.dumps(found, indent=2))
     return found
 
 
+def _describe_store(place: epath.Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Figures of a store, and a row if there is a corpus to read its text from."""
+    found = dict(teachers.describe(place))
+    # A run's stores lie in targets/TEACHER/NAME.
+    beside = place.resolve().parent.parent.parent / context.CORPUS
+    directory = options.corpus or (beside if (beside / "corpus.json").exists() else None)
+    if directory is not None:
+        tokenizer = data.load_tokenizer(directory)
+        corpus = data.open_corpus(directory, options.split, tokenizer=tokenizer)
+        found["row"] = teachers.describe_row(
+            place, corpus, tokenizer, options.row, tokens=options.tokens
+        )
+    return found
+
+
 def _describe(place: epath.Path) -> dict[str, Any]:
-    if (place / "store.json").exists():
-        return dict(teachers.describe(place))
     if (place / pipeline.MANIFEST).exists():
         return pipeline.read_manifest(place)
     config = models.load_config(os.fspath(place))

@@ -19,35 +19,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
-
-from distill_jax import losses
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pictures import BLUE, GREEN, GREY, INK, ORANGE, QUIET, SKY, panels
 
-INK, QUIET, FAINT, GREY = "#1b1f24", "#59616b", "#e4e7eb", "#cdd2d9"
-BLUE, SKY, ORANGE, GREEN = "#0a6ebd", "#8cc3ee", "#d9590f", "#15803d"
-STYLE = {
-    "figure.constrained_layout.wspace": 0.05,
-    "font.size": 12,
-    "axes.titlesize": 13,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 12,
-    "axes.labelcolor": QUIET,
-    "axes.edgecolor": GREY,
-    "axes.axisbelow": True,
-    "text.color": INK,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": QUIET,
-    "lines.linewidth": 2,
-    "legend.frameon": False,
-}
+from distill_jax import losses
 
 # From north to south: an axis on which a small student can be in one place only.
 TOWNS = (
@@ -210,15 +188,10 @@ def draw_storage(axes: Axes, errors: dict[str, list[float]]) -> None:
 
 
 def draw(students, softened, errors) -> Figure:
-    pyplot.rcParams.update(STYLE)
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.7), layout="constrained")
+    figure, axes = panels(3, 4.7)
     draw_divergences(axes[0], students)
     draw_temperatures(axes[1], softened)
     draw_storage(axes[2], errors)
-    for one in axes:
-        one.spines[["top", "right"]].set_visible(False)
-        one.grid(axis="y", color=FAINT, linewidth=0.8)
-        one.tick_params(which="both", length=0)
     return figure
 
 

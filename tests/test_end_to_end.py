@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from distill_jax import cli, data, models, posttraining, pruning
+from distill_jax import cli, data, models, posttraining, pruning, teachers
 from distill_jax.recipe import load_recipe
 from distill_jax.stages import students
 from distill_jax.stages.context import Run
@@ -184,6 +184,9 @@ def test_the_report_stands_alone_and_shows_every_model(whole):
     assert not [link for link in found if not link.startswith(("#", "data:"))]
     for name in ("small", "large", "pruned", "distilled", "random start", "+ DPO"):
         assert name in page
+    look = teachers.describe(whole / "targets" / "large" / "samples")
+    for name in ("mean_entropy", "teacher_cross_entropy"):
+        assert f"<td>{look[name]:.3f}</td>" in page
 
 
 def test_transformers_reads_the_export(whole):
@@ -247,9 +250,19 @@ def test_generate_inspect_and_verify(whole, capsys):
 
     said = run("generate", str(whole / "sft"), "--prompt", "Hello", "--max-new-tokens", "4")
     assert 1 <= said["tokens"] <= 4
-    store = str(whole / "targets" / "large" / "samples")
-    assert run("inspect", store)
-    found = run("verify", store, "--corpus", str(whole / "corpus"), "--sample", "2")
+    store, corpus = str(whole / "targets" / "large" / "samples"), str(whole / "corpus")
+    shown = run("inspect", store, "--row", "3", "--tokens", "5")
+    assert len(shown["row"]["tokens"]) == 5
+    assert (
+        shown["row"]
+        == run("inspect", store, "--row", "3", "--tokens", "5", "--corpus", corpus)["row"]
+    )
+    row = data.open_corpus(corpus, "train")[3]
+    texts = [data.load_tokenizer(corpus).decode([int(id_)]) for id_ in row["tokens"][:5]]
+    assert [one["token"] for one in shown["row"]["tokens"]] == texts
+    assert cli.main(["inspect", store]) == 0
+    assert "likeliest, as stored" in capsys.readouterr().out
+    found = run("verify", store, "--corpus", corpus, "--sample", "2")
     assert found["rows"] == 48
     exported = run("inspect", str(whole / "export"))
     assert exported["figures"]["parameters"] == models.load_config(whole / "dpo").parameters

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from distill_jax import evaluation, pipeline, pruning
+from distill_jax import evaluation, pipeline, pruning, teachers
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import Recipe
 from distill_jax.stages import context
@@ -199,15 +199,19 @@ def _prompt(prompt: Mapping[str, Any], names: Mapping[str, str]) -> evaluation.P
 def _stored_targets(run: Run) -> list[evaluation.StoredTargets]:
     found = []
     for name in run.recipe.teachers:
-        figures = pipeline.read_manifest(run.directory / context.targets(name))["figures"]
-        for store, sizes in figures.items():
+        place = run.directory / context.targets(name)
+        for store in pipeline.read_manifest(place)["figures"]:
+            look = teachers.describe(place / store)
             found.append(
                 evaluation.StoredTargets(
                     teacher=name,
                     scheme=store.replace("_", " "),
-                    tokens=sizes["tokens"],
-                    bytes=sizes["bytes"],
+                    tokens=look["tokens"],
+                    bytes=look["bytes"],
                     vocab_size=run.tokenizer.vocab_size,
+                    ids=look["mean_ids"],
+                    entropy=look["mean_entropy"],
+                    cross_entropy=look["teacher_cross_entropy"],
                 )
             )
     return found

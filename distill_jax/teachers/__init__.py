@@ -1,6 +1,6 @@
 """Teachers' distributions on disk: sampled, encoded, written once, and read back by content."""
 
-from distill_jax.teachers.inspect import describe
+from distill_jax.teachers.inspect import describe, describe_row, show
 from distill_jax.teachers.join import JoinedSource, join
 from distill_jax.teachers.manifest import (
     MANIFEST,
@@ -39,11 +39,13 @@ __all__ = [
     "TopK",
     "WriteConfig",
     "describe",
+    "describe_row",
     "join",
     "open_store",
     "read_manifest",
     "scheme_from_json",
     "scheme_to_json",
+    "show",
     "teacher_fingerprint",
     "threshold_for",
     "to_targets",

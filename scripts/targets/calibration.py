@@ -1,75 +1,119 @@
-"""Sets schemes up for a number of ids, or of bytes, a token."""
+"""Sets schemes up for a number of ids a token, and measures the bytes that these take."""
 
-import dataclasses
+import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from distributions import Batch
+from distributions import BATCH, Batch
 
 from distill_jax import teachers
-from distill_jax.teachers import sampling, vocabulary
+from distill_jax.teachers import order, sampling, vocabulary
+from distill_jax.teachers.codec import Codec
+
+NAMES = ("top_k", "random_sampling", "threshold")
+"""Of the schemes that can be set up."""
+
+Arrays = Mapping[str, np.ndarray]
 
 
-class Cost(NamedTuple):
-    """Bytes of a token without its ids, of an exact id and of a sampled id."""
+def scheme_for(name: str, logits_NV: jax.Array, ids: float) -> teachers.Scheme:
+    """The scheme of this name that keeps so many ids a token on average over some tokens."""
+    if name == "top_k":
+        return teachers.TopK(k=max(1, round(ids)))
+    if name == "random_sampling":
+        return teachers.RandomSampling(draws=draws_for(logits_NV, ids))
+    return teachers.Threshold(tau=float(teachers.threshold_for(logits_NV, ids)))
 
-    token: float
-    exact: float
-    sampled: float
 
+def draws_for(logits_NV: jax.Array, ids: float) -> int:
+    """The draws at which `RandomSampling` keeps so many ids a token on average over some tokens.
 
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-    """Tokens to set schemes up on: their likeliest ids, and the mass of the others.
-
-    Attributes:
-      head_NK: probabilities of the likeliest ids, largest first; others are below any tau.
-      tail_N: the mass of the others.
+    That average is mean_N sum_v 1 - (1 - p_v)^draws, which rises with the draws.
     """
-
-    head_NK: np.ndarray
-    tail_N: np.ndarray
-
-    @classmethod
-    def of(cls, batches: Iterator[Batch]) -> "Calibration":
-        @jax.jit
-        def reduce(teacher_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
-            log_probs_NV = vocabulary.log_softmax(teacher_NV)
-            head_NK, ids_NK = sampling.top_k(log_probs_NV, 512)
-            outside_NV = sampling.outside_top_k(log_probs_NV, head_NK, ids_NK)
-            return jnp.exp(head_NK), jnp.where(outside_NV, jnp.exp(log_probs_NV), 0).sum(-1)
-
-        parts = [reduce(teacher_NV) for teacher_NV, _ in batches]
-        return cls(*(np.concatenate(part).astype(np.float64) for part in zip(*parts)))
-
-    def threshold(self, cost: Cost, wanted: float) -> teachers.Threshold:
-        """The tau at which a token's ids cost what is wanted on average."""
-
-        def of(tau: float) -> float:
-            exact_NK = self.head_NK >= tau
-            sampled_N = (self.tail_N + np.where(exact_NK, 0, self.head_NK).sum(-1)) / tau
-            return float((cost.exact * exact_NK.sum(-1) + cost.sampled * sampled_N).mean())
-
-        return teachers.Threshold(tau=_halve(of, wanted, 2e-3, 1.0))
-
-    def random(self, cost: Cost, wanted: float) -> teachers.RandomSampling:
-        """The number of draws whose distinct ids cost what is wanted on average."""
-
-        def of(draws: float) -> float:
-            drawn_NK = -np.expm1(draws * np.log1p(-np.minimum(self.head_NK, 1 - 1e-12)))
-            return float(cost.sampled * (drawn_NK.sum(-1) + draws * self.tail_N).mean())
-
-        return teachers.RandomSampling(draws=round(_halve(of, wanted, 4096.0, 1.0)))
-
-
-def _halve(cost, wanted: float, dear: float, cheap: float) -> float:
-    """The parameter between `dear` and `cheap` that costs what is wanted."""
-    low, high = math.log(dear), math.log(cheap)
-    for _ in range(30):
+    low, high = 0.0, math.log(4096)
+    for _ in range(16):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(math.exp(middle)) > wanted else (low, middle)
-    return math.exp((low + high) / 2)
+        many = float(_distinct(logits_NV, math.exp(middle))) > ids
+        low, high = (low, middle) if many else (middle, high)
+    return round(math.exp((low + high) / 2))
+
+
+@jax.jit
+def _distinct(logits_NV: jax.Array, draws: float) -> jax.Array:
+    probs_NV = jnp.exp(vocabulary.log_softmax(logits_NV))
+    return -jnp.expm1(draws * jnp.log1p(-probs_NV)).sum(axis=-1).mean()
+
+
+def encode(
+    schemes: tuple[teachers.Scheme, ...],
+    logits_NV: jax.Array,
+    labels_N: np.ndarray,
+    keys_N: jax.Array,
+) -> list[dict[str, np.ndarray]]:
+    """What every scheme keeps of some tokens."""
+    return jax.tree.map(np.asarray, _encode(schemes, logits_NV, labels_N, keys_N))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(
+    schemes: tuple[teachers.Scheme, ...],
+    logits_NV: jax.Array,
+    labels_N: jax.Array,
+    keys_N: jax.Array,
+) -> list[dict[str, jax.Array]]:
+    return [scheme.encode(logits_NV, labels_N, keys_N, 1.0) for scheme in schemes]
+
+
+def batch_keys(seed: int, index: int) -> jax.Array:
+    """One random key for every token of a batch."""
+    return sampling.token_keys(jnp.array([seed, index], jnp.uint32), jnp.arange(BATCH))
+
+
+def record_bytes(scheme: teachers.Scheme, batches: list[Arrays], token_counts: np.ndarray) -> int:
+    """Bytes of the record that a store makes of all of these tokens as one row."""
+    arrays = {name: np.concatenate([some[name] for some in batches]) for name in batches[0]}
+    codec = Codec(
+        columns=scheme.columns(len(token_counts)),
+        order=order.by_frequency(token_counts),
+        tokens=len(arrays["length"]),
+        teacher="quality",
+    )
+    return len(codec.encode(arrays, "row"))
+
+
+class Calibration:
+    """Schemes at a mean number of ids, or at a number of bytes, of some tokens."""
+
+    def __init__(self, batches: Iterator[Batch], token_counts: np.ndarray):
+        some = list(batches)
+        self._labels_N = np.concatenate([batch.labels_N for batch in some])
+        self._logits_NV = jnp.concatenate([batch.teacher_NV for batch in some])
+        self._token_counts = token_counts
+
+    @functools.cache  # noqa: B019 - it lives as long as the measurement
+    def at_ids(self, name: str, ids: float) -> teachers.Scheme:
+        return scheme_for(name, self._logits_NV, ids)
+
+    def at_bytes(self, name: str, budget: float, known: tuple[float, float]) -> teachers.Scheme:
+        """The scheme that takes so many bytes a token; they rise evenly with the ids.
+
+        Args:
+          name: of the scheme.
+          budget: the bytes.
+          known: two numbers of ids, whose bytes are measured.
+        """
+        low, high = (self._bytes(self.at_ids(name, ids)) for ids in known)
+        share = (budget - low) / (high - low)
+        return self.at_ids(name, known[0] + share * (known[1] - known[0]))
+
+    def _bytes(self, scheme: teachers.Scheme) -> float:
+        """Bytes a token of a record of all tokens."""
+        encoded = []
+        for start in range(0, len(self._labels_N), BATCH):
+            some = slice(start, start + BATCH)
+            logits_NV, labels_N = self._logits_NV[some], self._labels_N[some]
+            encoded += encode((scheme,), logits_NV, labels_N, batch_keys(0, start))
+        return record_bytes(scheme, encoded, self._token_counts) / len(self._labels_N)

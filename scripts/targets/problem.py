@@ -67,25 +67,41 @@ class Corpus:
         return {"row_id": index, "key": key, "tokens": tokens, "segment_ids": self._segment_ids}
 
 
-def synthetic(rows: int, tokens: int, seed: int = 0) -> Problem:
-    """Rows of the synthetic teacher, tokens drawn from it."""
-    rng = np.random.default_rng(seed)
-    zipf_V = -np.log(np.arange(VOCAB, dtype=np.float32) + 2.7)
-    noise = 2.5 * rng.standard_normal(1 << 22, dtype=np.float32)
-    running_V = np.cumsum(np.exp(zipf_V.astype(np.float64)))
+class SyntheticTeacher:
+    """Logits of the synthetic teacher, whose noise is made once."""
 
-    def logits(chunk: slice) -> np.ndarray:
+    def __init__(self, rng: np.random.Generator):
+        self._zipf_V = -np.log(np.arange(VOCAB, dtype=np.float32) + 2.7)
+        self._noise = 2.5 * rng.standard_normal(1 << 22, dtype=np.float32)
+        self._running_V = np.cumsum(np.exp(self._zipf_V.astype(np.float64)))
+
+    def logits(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
+        """[tokens, V]."""
         made = []
-        for _ in range(chunk.start, chunk.stop):
-            start = rng.integers(0, len(noise) - VOCAB)
-            token = zipf_V + noise[start : start + VOCAB]
-            fitting = np.searchsorted(running_V, running_V[-1] * rng.random(200))
+        for _ in range(tokens):
+            start = rng.integers(0, len(self._noise) - VOCAB)
+            token = self._zipf_V + self._noise[start : start + VOCAB]
+            fitting = np.searchsorted(self._running_V, self._running_V[-1] * rng.random(200))
             sharpness = 0.9 + rng.gamma(4.0, 0.7)
-            token[fitting] = zipf_V[fitting] / 2 + sharpness * rng.standard_normal(200)
+            token[fitting] = self._zipf_V[fitting] / 2 + sharpness * rng.standard_normal(200)
             made.append(token)
         return np.stack(made)
 
-    counts = rng.multinomial(10_000_000, np.exp(zipf_V.astype(np.float64)) / running_V[-1])
+    def token_counts(self, rng: np.random.Generator) -> np.ndarray:
+        """How often each id occurs in ten million tokens."""
+        zipf_V = np.exp(self._zipf_V.astype(np.float64))
+        return rng.multinomial(10_000_000, zipf_V / self._running_V[-1])
+
+
+def synthetic(rows: int, tokens: int, seed: int = 0) -> Problem:
+    """Rows of the synthetic teacher, tokens drawn from it."""
+    rng = np.random.default_rng(seed)
+    teacher = SyntheticTeacher(rng)
+    counts = teacher.token_counts(rng)
+
+    def logits(chunk: slice) -> np.ndarray:
+        return teacher.logits(rng, chunk.stop - chunk.start)
+
     return _problem(logits, rows, tokens, VOCAB, counts, None)
 
 

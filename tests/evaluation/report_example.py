@@ -249,6 +249,9 @@ def example_report(seeds=3):
                 tokens=1_228_800,
                 bytes=121_000_000,
                 vocab_size=49_152,
+                ids=32.0,
+                entropy=2.512,
+                cross_entropy=2.934,
             ),
             StoredTargets(
                 teacher=TEACHERS[1],
@@ -256,6 +259,9 @@ def example_report(seeds=3):
                 tokens=1_228_800,
                 bytes=47_200_000,
                 vocab_size=49_152,
+                ids=11.94,
+                entropy=2.731,
+                cross_entropy=None,
             ),
         ],
         stages=[

@@ -134,6 +134,15 @@ def test_every_table_figure_equals_its_input(report, page):
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
+def test_stores_are_shown_with_what_they_know_of_the_teacher(text):
+    section = text[text.index('<section id="targets">') :]
+    lines = re.findall(r"<tr>.*?</tr>", section[: section.index("</section>")], re.DOTALL)
+    heads, *rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", line) for line in lines]
+    assert rows[0][2:] == ["1,228,800", "121.0 MB", "32.0", "98.5", "998×", "2.512", "2.934"]
+    assert rows[1][4:] == ["11.9", "38.4", "2,559×", "2.731", "–"]
+    assert heads[4:] == ["Ids/token", "Bytes/token", "Smaller", "Entropy", "Cross-entropy"]
+
+
 def test_verdict_is_paired_by_seed(report, page):
     shown = [cells[0] for cells in page.rows["verdict"] if cells]
     split = "held_out"

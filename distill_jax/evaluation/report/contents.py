@@ -115,7 +115,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTargets:
-    """The size of one store of teacher distributions.
+    """One store of teacher distributions: its size, and what it knows of the teacher.
 
     Attributes:
       teacher: whose distributions.
@@ -123,6 +123,10 @@ class StoredTargets:
       tokens: how many distributions.
       bytes: size on disk.
       vocab_size: entries of a whole distribution.
+      ids: mean number of ids of a token.
+      entropy: the teacher's mean entropy at the store's temperature, in nats.
+      cross_entropy: the teacher's, with the tokens that really came next, likewise; None if no
+        token has a next one.
     """
 
     teacher: str
@@ -130,6 +134,9 @@ class StoredTargets:
     tokens: int
     bytes: int
     vocab_size: int
+    ids: float
+    entropy: float
+    cross_entropy: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
