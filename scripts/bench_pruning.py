@@ -88,8 +88,9 @@ def _difference(source: models.LlamaConfig, target: models.LlamaConfig, seed: in
     plan = pruning.make_plan(tiny.random_scores(source, seed), source, target)
     model, batch = tiny.model(source, seed), tiny.rows(2, 10, source.vocab_size, seed)
     tokens, segments = batch["tokens"][:1], batch["segment_ids"][:1]
-    student = pruning.apply_plan(plan, model.params)
-    got = models.logits(target, student, tokens, segments)
+    got = jax.jit(
+        lambda params: models.logits(target, pruning.apply_plan(plan, params), tokens, segments)
+    )(model.params)
     masks = numpy_llama.Masks.of_plan(plan)
     want = numpy_llama.logits(source, model.params, tokens, segments, masks, tied=target.tied)
     return float(np.abs(got - want)[segments > 0].max())
