@@ -201,6 +201,7 @@ def _absorb(
     )
 
 
+@jax.jit
 def balance(
     norm_LD: Array, old: tuple[Array, ...], new: tuple[Array, ...]
 ) -> tuple[Array, tuple[Array, ...]]:
