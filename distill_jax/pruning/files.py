@@ -32,9 +32,15 @@ def prune_files(
       max_shard_bytes: of the files written.
 
     Raises:
-      InputError: the folder holds another shape than the plan's source, or its tensors are of
-        several types; or as `models.load_hugging_face`. Nothing is written then.
+      InputError: the plan merges key/value heads, the folder holds another shape than the plan's
+        source, or its tensors are of several types; or as `models.load_hugging_face`. Nothing is
+        written then.
     """
+    if plan.merged_kv_heads is not None:
+        raise InputError(
+            "prune_files: the plan merges key/value heads, which takes the model in memory; "
+            "make it with kv_choice='drop'"
+        )
     config, tensors = models.open_hugging_face(source)
     changes = diff(config.to_json(), plan.source.to_json())
     if changes:

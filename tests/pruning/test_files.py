@@ -55,6 +55,10 @@ def test_wrong_folders(tmp_path):
         prune_files(wrong, source, out)
     with pytest.raises(InputError, match="would be overwritten while it is read"):
         prune_files(PLAN, source, tmp_path / "." / "source")
+    few = dataclasses.replace(TARGET, kv_heads=1)
+    merging = make_plan(SCORES, SOURCE, few, kv_choice="merge")
+    with pytest.raises(InputError, match="the plan merges key/value heads"):
+        prune_files(merging, source, out)
     (source / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"model\.safetensors: cannot be read"):
         prune_files(PLAN, source, out)
