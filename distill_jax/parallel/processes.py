@@ -56,15 +56,20 @@ def start() -> None:
     first use of a device; a second call does nothing.
 
     Raises:
-      InputError: one of the three is missing or is no number.
+      InputError: one of the three is missing or makes no sense.
     """
     if jax.distributed.is_initialized():
         return
     if _ADDRESS in os.environ:
+        address, processes, process = os.environ[_ADDRESS], _number(_COUNT), _number(_INDEX)
+        if not address.rpartition(":")[2].isdecimal() or ":" not in address:
+            raise InputError(f"{_ADDRESS}: {address!r} is not host:port")
+        if process >= processes:
+            raise InputError(f"{_INDEX}: {process} is not below {_COUNT}, which is {processes}")
         jax.distributed.initialize(
-            os.environ[_ADDRESS],
-            _number(_COUNT),
-            _number(_INDEX),
+            address,
+            processes,
+            process,
             cluster_detection_method="deactivate",
         )
     elif _is_cluster():

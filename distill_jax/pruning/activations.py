@@ -6,6 +6,7 @@ D embed.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -27,9 +28,17 @@ Batch = Mapping[str, Any]
 def tokens_and_segments(
     batch: Batch, sharding: jax.sharding.Sharding | None
 ) -> tuple[Array, Array]:
-    """A batch's token ids and segment ids (ones where it has none), placed on devices."""
+    """A batch's token ids and segment ids (ones where it has none), placed on devices.
+
+    Rows of padding fill it up where the sharding would not divide it.
+    """
     tokens = np.asarray(batch["tokens"], np.int32)
     segments = np.asarray(batch.get("segment_ids", np.ones_like(tokens)), np.int32)
+    if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec):
+        axes = sharding.spec[0] or ()
+        axes = (axes,) if isinstance(axes, str) else axes
+        missing = -len(tokens) % math.prod(sharding.mesh.shape[axis] for axis in axes)
+        tokens, segments = (np.pad(x, ((0, missing), (0, 0))) for x in (tokens, segments))
     return jax.device_put(tokens, sharding), jax.device_put(segments, sharding)
 
 

@@ -39,8 +39,9 @@ class Rows:
             segments = np.asarray(batch.get("segment_ids", np.ones_like(tokens)), np.int32)
             real = tokens[segments > 0]
             if real.size and not 0 <= real.min() <= real.max() < self._vocab_size:
+                wrong = real.min() if real.min() < 0 else real.max()
                 raise InputError(
-                    f"calibration rows hold the token id {real.max()}, the model's vocabulary has "
+                    f"calibration rows hold the token id {wrong}, the model's vocabulary has "
                     f"{self._vocab_size}: they were made by another tokenizer"
                 )
             self._hash.update(np.concatenate((tokens, segments), axis=1).tobytes())

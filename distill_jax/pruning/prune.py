@@ -19,7 +19,7 @@ from distill_jax.pruning.merging import merge_kv_heads
 from distill_jax.pruning.plan import KvChoice, LayerChoice, Plan, check_shapes, make_plan
 from distill_jax.pruning.repair import Grams, grams, repair
 from distill_jax.pruning.reuse import find_or_measure
-from distill_jax.pruning.sequential import repair_in_sequence
+from distill_jax.pruning.sequential import check_ridge, repair_in_sequence
 from distill_jax.pruning.surgery import apply_plan
 from distill_jax.pruning.tying import TyingSums, tie, ties, tying_sums
 
@@ -69,7 +69,13 @@ class PruneConfig(ImportanceConfig):
         for name in ("calibration_rows", "removal_rows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name, literal in {"head_choice": HeadChoice, "repair_order": RepairOrder}.items():
+        choices_of = {
+            "layer_choice": LayerChoice,
+            "kv_choice": KvChoice,
+            "head_choice": HeadChoice,
+            "repair_order": RepairOrder,
+        }
+        for name, literal in choices_of.items():
             value, choices = getattr(self, name), get_args(literal)
             if value not in choices:
                 raise InputError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
@@ -110,11 +116,14 @@ def prune(
       The pruned model, and figures for the stage's manifest.
 
     Raises:
-      InputError: the target does not fit the model, there are no calibration tokens, or the
-        directory holds scores of another model or of rows by another tokenizer.
+      InputError: the target does not fit the model, there are no calibration tokens, or too few
+        to choose a ridge, or the directory holds scores of another model or of rows by another
+        tokenizer.
     """
     check_shapes(model.config, config.target, kv_choice=config.kv_choice)
     rows = _first_rows(batches, config.calibration_rows)
+    if len(rows) == 1 and config.repair and config.repair_order == "in_sequence":
+        check_ridge(config.ridge, batches=1)
     sharding = parallel.batch_sharding(mesh) if mesh else None
     place = epath.Path(directory)
     place.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from distill_jax import models, parallel, progress
-from distill_jax.artifacts import InputError
+from distill_jax.artifacts import InputError, diff
 from distill_jax.models import llama
 from distill_jax.pruning.activations import Batch, tokens_and_segments
 from distill_jax.pruning.least_squares import Sums, fit, sums_of
@@ -87,8 +87,12 @@ def repair_in_sequence(
       mesh: where rows are split and parameters live; None leaves that to JAX.
 
     Raises:
-      InputError: there are no batches, or one alone and no ridge.
+      InputError: the model is not of the plan's shape, the ridge is not positive, there are no
+        batches, or one alone and no ridge.
     """
+    changes = diff(model.config.to_json(), plan.source.to_json())
+    if changes:
+        raise InputError(f"not the model that the plan cuts ({'; '.join(changes)})")
     shardings = None
     if mesh is not None:
         shapes = models.abstract_params(plan.target)
@@ -97,12 +101,7 @@ def repair_in_sequence(
     start = model.params if start is None else start
     student = cut(start)
     rows = _first_rows(batches, model.params, student, mesh)
-    if len(rows) < (2 if ridge is None else 1):
-        raise InputError(
-            "one calibration batch is too few to choose the repair's ridge: give two, or a ridge"
-            if rows
-            else "there are no calibration batches for the repair"
-        )
+    check_ridge(ridge, batches=len(rows))
     work = _Repair(plan, model.params, start, ridge, mesh)
     work.pass_by(rows, range(plan.layers[0]))
     ends = [*plan.layers[1:], plan.source.layers]
@@ -119,6 +118,22 @@ def repair_in_sequence(
         out_shardings=shardings and shardings["layers"],
     )(layers)
     return work.end(rows, student | {"layers": stacked}, shardings)
+
+
+def check_ridge(ridge: float | None, *, batches: int) -> None:
+    """Checks that there are batches enough for a ridge, given or to be chosen.
+
+    Raises:
+      InputError: one line that says what is missing.
+    """
+    if ridge is not None and not ridge > 0:
+        raise InputError(f"ridge is {ridge}; it must be positive")
+    if not batches:
+        raise InputError("there are no calibration batches for the repair")
+    if batches == 1 and ridge is None:
+        raise InputError(
+            "one calibration batch is too few to choose the repair's ridge: give two, or a ridge"
+        )
 
 
 def _first_rows(

@@ -114,6 +114,7 @@ def check_row(record: Mapping[str, Any], row: int, identity: Identity) -> None:
         )
     if tokens.min() < 0 or tokens.max() >= identity.vocab_size:
         raise InputError(
-            f"corpus {identity.corpus}: row {row} has token {tokens.max()}, "
+            f"corpus {identity.corpus}: row {row} has token "
+            f"{tokens.min() if tokens.min() < 0 else tokens.max()}, "
             f"the teacher's vocabulary ends at {identity.vocab_size - 1}"
         )

@@ -93,7 +93,7 @@ class Store:
         position = range(len(self))[position]
         key = self.key(position)
         shard = shard_name(self.identity, position // self.identity.rows_per_shard)
-        self._files.fetch(shard)
+        place = self._files.fetch(shard)
         try:
             record = self._records[position]
             if record["record"] is None:  # so reads a shard cut to a multiple of 64 KiB
@@ -101,9 +101,7 @@ class Store:
             result = use(record["record"], key, self.manifest.width)
         except (ValueError, RuntimeError, IndexError, KeyError) as error:
             reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{self.directory / shard}: row {position} is damaged ({reason})"
-            ) from error
+            raise InputError(f"{place}: row {position} is damaged ({reason})") from error
         return int(record["row_id"]), key, result
 
     def positions(self, keys: Sequence[str] | np.ndarray) -> np.ndarray:

@@ -102,8 +102,13 @@ def write_stores(
     config = config or WriteConfig()
     if directories.keys() != schemes.keys():
         raise InputError(f"directories: {sorted(directories)} are not schemes {sorted(schemes)}")
-    if not temperature > 0:
-        raise InputError(f"temperature: {temperature} is not positive")
+    if not schemes:
+        raise InputError("schemes: there are none")
+    unknown = sorted((reuse or {}).keys() - schemes.keys())
+    if unknown:
+        raise InputError(f"reuse: {unknown} are not schemes {sorted(schemes)}")
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"temperature: {temperature} is not positive and finite")
     if not len(corpus):
         raise InputError(f"corpus {corpus.fingerprint}: has no rows")
     with parallel.together():

@@ -139,6 +139,18 @@ def test_one_process_needs_no_one(monkeypatch):
         raise ValueError("mine")
 
 
+@pytest.mark.parametrize(
+    ("address", "process", "message"),
+    [("localhost", "0", "'localhost' is not host:port"), ("localhost:1", "2", "2 is not below")],
+)
+def test_a_place_that_cannot_be_is_refused(monkeypatch, address, process, message):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", process)
+    with pytest.raises(InputError, match=message):
+        parallel.start()
+
+
 @pytest.mark.parametrize("missing", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
 def test_an_address_alone_is_refused(monkeypatch, missing):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")

@@ -196,7 +196,12 @@ def test_another_start_is_cut_but_is_not_the_aim():
     assert not np.allclose(*values, rtol=0.3)
 
 
-def test_too_few_batches():
+def test_wrong_inputs():
+    other = dataclasses.replace(tiny.SOURCE, layers=tiny.SOURCE.layers + 1)
+    with pytest.raises(InputError, match="not the model that the plan cuts"):
+        repair_in_sequence(everything_plan(), tiny.model(other), [])
+    with pytest.raises(InputError, match=r"ridge is -1\.0"):
+        repair_in_sequence(everything_plan(), tiny.model(), [tiny.rows(3)], ridge=-1.0)
     with pytest.raises(InputError, match="no calibration batches"):
         repair_in_sequence(everything_plan(), tiny.model(), [])
     with pytest.raises(InputError, match="one calibration batch is too few"):

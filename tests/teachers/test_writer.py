@@ -304,6 +304,8 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, teacher, corpus):
     ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature: 0.0 is not positive"),
+        ({"temperature": np.inf}, "temperature: inf is not positive and finite"),
+        ({"reuse": {"typo": []}}, r"reuse: \['typo'\] are not schemes"),
         ({"corpus": ListCorpus([])}, "has no rows"),
         ({"corpus": make_corpus(2, vocab=VOCAB + 40)}, "vocabulary ends at 299"),
         ({"corpus": make_corpus(2, time=6)}, r"row 0 has shape \(6,\), not \(12,\)"),
