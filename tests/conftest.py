@@ -9,9 +9,6 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-# On a busy machine eight devices may wait long for each other; XLA would end the process.
-_patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_patience}".strip()
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="distill_jax-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
