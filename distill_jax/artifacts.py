@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from etils import epath
 
@@ -20,6 +20,18 @@ class InputError(ValueError):
 
     The command line prints the message alone, without a traceback, and exits with status 2.
     """
+
+
+def check_choices(config: object, literals: Mapping[str, Any]) -> None:
+    """Checks that fields hold one of the words of their Literal types, by field name.
+
+    Raises:
+      InputError: one line that names the field and its choices.
+    """
+    for name, literal in literals.items():
+        value, choices = getattr(config, name), get_args(literal)
+        if value not in choices:
+            raise InputError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
 def resolve(path: str | os.PathLike[str]) -> epath.Path:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from distill_jax import models
-from distill_jax.artifacts import InputError, fingerprint
+from distill_jax.artifacts import check_choices, fingerprint
 from distill_jax.pruning.activations import Aggregation, Batch, activation_scores
 from distill_jax.pruning.calibration import Rows
 from distill_jax.pruning.fluctuation import fluctuation_scores
@@ -43,15 +43,12 @@ class ImportanceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        allowed = {
+        literals = {
             "method": Method,
             "sequence_aggregation": Aggregation,
             "batch_aggregation": Aggregation,
         }
-        for name, literal in allowed.items():
-            value, choices = getattr(self, name), get_args(literal)
-            if value not in choices:
-                raise InputError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        check_choices(self, literals)
 
     def describe(self) -> str:
         """What `Scores.method` says."""

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from distill_jax import models, parallel
-from distill_jax.artifacts import InputError
+from distill_jax.artifacts import InputError, check_choices
 from distill_jax.pruning.activations import Batch
 from distill_jax.pruning.head_merging import merge_query_heads
 from distill_jax.pruning.importance import ImportanceConfig
@@ -69,16 +69,13 @@ class PruneConfig(ImportanceConfig):
         for name in ("calibration_rows", "removal_rows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be positive")
-        choices_of = {
+        literals = {
             "layer_choice": LayerChoice,
             "kv_choice": KvChoice,
             "head_choice": HeadChoice,
             "repair_order": RepairOrder,
         }
-        for name, literal in choices_of.items():
-            value, choices = getattr(self, name), get_args(literal)
-            if value not in choices:
-                raise InputError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        check_choices(self, literals)
         if self.kv_choice == self.head_choice == "merge":
             raise InputError(
                 "kv_choice and head_choice are both 'merge'; query heads that go are merged into "

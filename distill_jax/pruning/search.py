@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 
 from distill_jax import models, parallel, progress
-from distill_jax.artifacts import InputError
+from distill_jax.artifacts import InputError, check_choices
 from distill_jax.pruning.activations import Batch
 from distill_jax.pruning.calibration import batch_loss, labelled
 from distill_jax.pruning.masking import Masks, mask
@@ -50,8 +50,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         if not self.budgets or not all(budget > 0 for budget in self.budgets):
             raise InputError(f"budgets are {self.budgets}; give at least one, all positive")
-        if self.cost not in get_args(Cost):
-            raise InputError(f"cost is {self.cost!r}; choose one of {', '.join(get_args(Cost))}")
+        check_choices(self, {"cost": Cost})
         if not 0 < self.tolerance < 1:
             raise InputError(f"tolerance is {self.tolerance}; it must lie between 0 and 1")
         if self.steps < 1 or self.context < 0 or self.repair_best < 0:
