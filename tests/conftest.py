@@ -9,6 +9,8 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Threads of XLA: in a collective each device holds one, and others must be left to compute.
+os.environ.setdefault("NPROC", "16")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="distill_jax-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name

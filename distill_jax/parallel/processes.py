@@ -53,11 +53,13 @@ def start() -> None:
 
     On Cloud TPU, under SLURM and Open MPI nothing need be said; elsewhere JAX_COORDINATOR_ADDRESS
     ("host:port" of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID do it. Must come before the
-    first use of a device; a second call does nothing.
+    first use of a device; a second call does nothing. Devices that JAX_NUM_CPU_DEVICES makes of
+    fewer cores get threads enough.
 
     Raises:
       InputError: one of the three is missing or makes no sense.
     """
+    _give_fake_devices_threads()
     if jax.distributed.is_initialized():
         return
     if _ADDRESS in os.environ:
@@ -74,6 +76,16 @@ def start() -> None:
         )
     elif _is_cluster():
         jax.distributed.initialize()
+
+
+def _give_fake_devices_threads() -> None:
+    """A device in a collective holds a thread of XLA's pool, which has one for each core.
+
+    With more devices than threads they would wait for each other for ever.
+    """
+    devices = jax.config.values["jax_num_cpu_devices"]
+    if devices > (os.cpu_count() or 1):
+        os.environ.setdefault("NPROC", str(2 * devices))
 
 
 def index() -> int:

@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 
+import jax
 import pytest
 from etils import epath
 
@@ -160,3 +161,13 @@ def test_an_address_alone_is_refused(monkeypatch, missing):
         monkeypatch.delenv(missing)
     with pytest.raises(InputError, match=f"{missing}: '.*' is no number, and JAX_COORD"):
         parallel.start()
+
+
+def test_devices_made_of_fewer_cores_have_threads_for_all_and_more(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.delenv("NPROC")
+    parallel.start()
+    assert int(os.environ["NPROC"]) > jax.config.values["jax_num_cpu_devices"] == 8
+    monkeypatch.setenv("NPROC", "9")
+    parallel.start()
+    assert os.environ["NPROC"] == "9"
