@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import rich.console
 from etils import epath
@@ -20,6 +20,7 @@ from distill_jax import (
     models,
     parallel,
     pipeline,
+    planning,
     posttraining,
     pruning,
     stages,
@@ -44,6 +45,8 @@ examples:
       one stage alone; the stages that it reads must have been run there
   distill-jax search configs/tiny.py --out runs/mine --parameters 4e5 5e5
       which shape of that size predicts best right after the cut; needs corpus and teachers
+  distill-jax compile configs/llama3_2_1b.py --topology v5e:16x16 --batch 1 2 4
+      what the distillation would take on a slice of TPUs, which need not be there
   distill-jax generate runs/mine/distill/seed-0 --prompt "The capital of France is"
   distill-jax inspect runs/mine/targets/large/samples --row 3
   distill-jax verify runs/mine/targets/large/samples --corpus runs/mine/corpus"""
@@ -115,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in stages.COMMANDS:
         _add_recipe_options(add(name, _STAGE_HELP[name], _run), name)
     _add_search_options(add("search", "find the shape to prune to, at a given cost", _search))
+    _add_compile_options(add("compile", "plan a stage on a TPU slice, without one", _compile))
     generate = add("generate", "let a model continue a text or answer a question", _generate)
     generate.add_argument("model", help="a checkpoint directory, GGUF file or Hugging Face folder")
     generate.add_argument("--prompt", required=True, help="the text")
@@ -192,6 +196,25 @@ def _add_search_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_compile_options(command: argparse.ArgumentParser) -> None:
+    _add_recipe(command)
+    command.add_argument("--topology", required=True, metavar="CHIP:AxB", help="such as v5e:16x16")
+    command.add_argument("--stage", default="distill", choices=get_args(planning.Stage))
+    command.add_argument("--teacher", help="whose targets are written (default: the largest)")
+    command.add_argument(
+        "--batch", type=int, nargs="+", default=(), metavar="ROWS", help="at a time, on each device"
+    )
+    command.add_argument("--remat", nargs="+", default=(), choices=get_args(models.llama.Remat))
+    command.add_argument(
+        "--mesh", nargs="+", default=(), metavar="data=N,tensor=N", help="devices along each axis"
+    )
+    command.add_argument(
+        "--sweep", action="store_true", help="try what is usual of whatever is not given"
+    )
+    command.add_argument("--price", type=float, metavar="USD", help="of a chip and hour")
+    command.add_argument("--text", metavar="DIRECTORY", help="leave the compiled programs there")
+
+
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     parallel.start()
     with parallel.together():
@@ -218,6 +241,27 @@ def _search(options: argparse.Namespace) -> dict[str, Any]:
     print(f"picture: {picture}", file=sys.stderr)
     front = [candidate.to_json() for candidate in pruning.pareto(found)]
     return {"directory": str(directory), "front": front, "shapes": len(found)}
+
+
+def _compile(options: argparse.Namespace) -> dict[str, Any]:
+    question = planning.Question(
+        config=options.config,
+        overrides=tuple(options.set),
+        stage=options.stage,
+        teacher=options.teacher,
+        text=options.text,
+    )
+    return planning.compile_stage(
+        question,
+        parallel.Topology.parse(options.topology),
+        epath.Path(options.out or f"runs/{question.recipe.name}"),
+        batches=sorted(set(options.batch)),
+        remats=options.remat,
+        meshes=list(map(planning.parse_mesh, options.mesh)),
+        everything=options.sweep,
+        price=options.price,
+        quiet=options.json,
+    )
 
 
 def _recipe_and_directory(options: argparse.Namespace) -> tuple[Recipe, epath.Path]:

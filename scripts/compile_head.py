@@ -15,33 +15,20 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distill_jax import losses
+from distill_jax import losses, parallel
 from distill_jax.parallel import tpu_cost
+from distill_jax.parallel.topology import Topology
 
 V, D, K, T = 128256, 2048, 64, 4096
 ROWS = P(("data", "fsdp"))
-SLICES = {
-    "v5e:16x16": {"wrap": (True, True, False)},
-    "v6e:16x16": {"wrap": (True, True, False)},
-    "v5p:8x8x4": {
-        "wrap": (True,) * 3,
-        "chip_config_name": "megacore",
-        "chips_per_host_bounds": (2, 2, 1),
-    },
-}
 
 
-def make_mesh(topology: str, tensor: int) -> Mesh:
-    described = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology, **SLICES[topology]
-    )
-    devices = np.array(described.devices)
-    return Mesh(devices.reshape(16, -1, tensor), ("data", "fsdp", "tensor"))
+def make_mesh(topology: Topology, tensor: int) -> Mesh:
+    config = parallel.MeshConfig(data=16, tensor=tensor)
+    return parallel.make_mesh(config, topology.devices())
 
 
 def make_targets(kinds: list[str], tokens: int) -> dict:
@@ -92,7 +79,7 @@ def compile_head(mesh: Mesh, batch: int, chunk: int | None, kinds: list[str]):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--topology", default="v5e:16x16", choices=sorted(SLICES))
+    parser.add_argument("--topology", default="v5e:16x16", help="such as v5p:8x8x4")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share the vocabulary")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="rows a device")
     parser.add_argument("--chunk", type=int, help="tokens at a time; the default one if left out")
@@ -103,13 +90,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    mesh = make_mesh(options.topology, options.tensor)
-    chip = tpu_cost.CHIPS[options.topology.split(":")[0]]
+    topology = Topology.parse(options.topology)
+    mesh = make_mesh(topology, options.tensor)
     for batch in options.batch:
         compiled = compile_head(mesh, batch, options.chunk, options.teachers)
         if options.text:
             options.text.write_text(compiled.as_text())
-        cost = tpu_cost.estimate(compiled, chip)
+        cost = tpu_cost.estimate(compiled, topology.chip)
         if options.json:
             print(json.dumps({"batch": batch, "seconds": cost.seconds, **dataclasses.asdict(cost)}))
             continue

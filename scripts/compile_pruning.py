@@ -15,8 +15,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "pruning"))
@@ -26,16 +24,15 @@ import tiny
 from distill_jax import models, parallel, pruning
 from distill_jax.models import presets
 from distill_jax.parallel import tpu_cost
+from distill_jax.parallel.topology import Topology
 
 SOURCE = presets.LLAMA_3_1_8B
 TARGETS = {"1b": presets.LLAMA_3_2_1B, "3b": presets.LLAMA_3_2_3B}
 
 
 def make_mesh(topology: str | None, tensor: int) -> Mesh:
-    devices = jax.devices()
-    if topology is not None:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return Mesh(np.array(devices).reshape(1, -1, tensor), ("data", "fsdp", "tensor"))
+    devices = None if topology is None else Topology.parse(topology).devices()
+    return parallel.make_mesh(parallel.MeshConfig(tensor=tensor), devices)
 
 
 def compile_cut(target: models.LlamaConfig, mesh: Mesh, dtype: jnp.dtype):

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "recipe": HIGH,
     "pipeline": BASE | {"parallel"},
     "stages": HIGH | {"recipe", "pipeline"},
-    "cli": HIGH | {"recipe", "pipeline", "stages"},
+    "planning": HIGH | {"recipe", "stages"},
+    "cli": HIGH | {"recipe", "pipeline", "stages", "planning"},
 }
 
 

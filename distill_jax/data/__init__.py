@@ -9,7 +9,7 @@ from distill_jax.data.corpus import (
     passages,
 )
 from distill_jax.data.packing import next_token_labels, pack, row_key
-from distill_jax.data.pipeline import RowSource, batches
+from distill_jax.data.pipeline import RowSource, batches, to_example
 from distill_jax.data.texts import read_texts
 from distill_jax.data.tokenizer import Tokenizer, train_tokenizer
 from distill_jax.data.tokenizer_files import load_tokenizer
@@ -29,5 +29,6 @@ __all__ = [
     "passages",
     "read_texts",
     "row_key",
+    "to_example",
     "train_tokenizer",
 ]

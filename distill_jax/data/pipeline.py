@@ -71,14 +71,15 @@ def batches(
         rows = rows.shuffle()
     return iter(
         rows[:used][process_index::process_count]
-        .map(_to_example)
+        .map(to_example)
         .batch(batch_rows // process_count, drop_remainder=True)
         .repeat(epochs)
         .to_iter_dataset(_READ_AHEAD)
     )
 
 
-def _to_example(record: Mapping[str, Any]) -> dict[str, Any]:
+def to_example(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as a batch has it: with "labels" and "where", without strings."""
     example = _without_strings(record)
     if "labels" not in example:
         example["labels"], example["where"] = next_token_labels(

@@ -166,10 +166,12 @@ class Block(nnx.Module):
         self, x_BTD: Array, angles: tuple[Array, Array], attend: Attend, cache: Any
     ) -> tuple[Array, Any, dict[str, Array]]:
         """The residual stream after this layer, the new cache, and the activations."""
-        attended, cache, attention_activations = self.attention(x_BTD, angles, attend, cache)
-        middle = x_BTD + attended
-        added, mlp_activations = self.mlp(middle)
-        out = middle + added
+        with jax.named_scope("attention"):
+            attended, cache, attention_activations = self.attention(x_BTD, angles, attend, cache)
+            middle = x_BTD + attended
+        with jax.named_scope("mlp"):
+            added, mlp_activations = self.mlp(middle)
+            out = middle + added
         activations = {"residual_in": x_BTD, "residual_out": out}
         return out, cache, {**activations, **attention_activations, **mlp_activations}
 
@@ -237,7 +239,8 @@ class Llama(nnx.Module):
         if remat != "none":
             dots = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
             step = jax.checkpoint(step, policy=dots if remat == "dots" else None)
-        x = self.embedding[...][tokens_BT]
+        with jax.named_scope("embedding"):
+            x = self.embedding[...][tokens_BT]
         x, (cache, observed) = jax.lax.scan(step, x, (stacked, cache))
         return rms_norm(x, self.final_norm[...], self.config.norm_eps), cache, observed
 

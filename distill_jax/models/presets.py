@@ -67,3 +67,16 @@ SMOLLM2_135M = LlamaConfig(
     context=8192,
 )
 """The shape of SmolLM2 135M."""
+
+
+def by_name(name: str) -> LlamaConfig | None:
+    """The shape that a folder's or file's name speaks of, such as "Llama-3.1-8B-Instruct"."""
+    plain = _plain(name)
+    return next((shape for known, shape in _SHAPES.items() if _plain(known) in plain), None)
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
+
+
+_SHAPES = {name: value for name, value in globals().items() if isinstance(value, LlamaConfig)}

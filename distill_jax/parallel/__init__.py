@@ -1,5 +1,6 @@
 """The device mesh, which axis is split over it, and the processes that share it."""
 
+from distill_jax.parallel.ahead_of_time import OutOfMemory, compile_lowered
 from distill_jax.parallel.local import LocalProcesses, start_local
 from distill_jax.parallel.mesh import (
     ROW_AXES,
@@ -21,16 +22,22 @@ from distill_jax.parallel.processes import (
     together,
 )
 from distill_jax.parallel.rows import RowShare, row_share
+from distill_jax.parallel.topology import CHIPS, Chip, Topology
 
 __all__ = [
+    "CHIPS",
     "ROW_AXES",
     "RULES",
+    "Chip",
     "LocalProcesses",
     "MeshConfig",
+    "OutOfMemory",
     "ProcessError",
     "RowShare",
+    "Topology",
     "barrier",
     "batch_sharding",
+    "compile_lowered",
     "count",
     "gather",
     "index",

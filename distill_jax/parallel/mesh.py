@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,24 +42,29 @@ class MeshConfig:
     tensor: int = 1
 
 
-def make_mesh(config: MeshConfig | None = None) -> Mesh:
-    """A mesh of all devices with axes "data", "fsdp" and "tensor".
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with axes "data", "fsdp" and "tensor".
+
+    Args:
+      config: its sizes.
+      devices: what it is made of, such as those of a `Topology`; None takes all that are here.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices.
     """
     config = config or MeshConfig()
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) == 1 and 0 not in sizes:
-        sizes[sizes.index(-1)] = max(devices // math.prod(size for size in sizes if size != -1), 1)
-    if any(size < 1 for size in sizes) or math.prod(sizes) != devices:
+        sizes[sizes.index(-1)] = max(count // math.prod(size for size in sizes if size != -1), 1)
+    if any(size < 1 for size in sizes) or math.prod(sizes) != count:
         raise InputError(
             f"MeshConfig(data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}) "
-            f"does not arrange {devices} devices"
+            f"does not arrange {count} devices"
         )
     auto = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), axis_types=auto)
+    names = ("data", "fsdp", "tensor")
+    return jax.make_mesh(tuple(sizes), names, axis_types=auto, devices=devices)
 
 
 def shardings(mesh: Mesh, axes: Any, shapes: Any, rules: Mapping[str, str | None] = RULES) -> Any:

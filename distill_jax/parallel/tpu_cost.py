@@ -8,35 +8,31 @@ import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from distill_jax.parallel import hlo
+from distill_jax.parallel.topology import Chip
+
+_SUMMED = ("runs", "seconds", "waits", "bytes")
+_IRREGULAR = {"gather", "scatter", "sort", "dynamic-update-slice", "kernel"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """Published figures of one chip.
+class Collectives:
+    """All collectives of one kind in one execution, as one chip sees them.
 
     Attributes:
-      clock: Hz; the one at which the matrix units give `flops`.
-      flops: bfloat16 operations a second.
-      memory_rate: bytes a second from and to HBM.
-      link_rate: bytes a second over one ICI link, one way.
-      ring: devices along an axis of a slice from which on its ends are joined.
+      count: how many run; a loop's count every turn.
+      bytes: what the chip sends over its links.
+      seconds: on the links.
+      waits: seconds of these in which the chip has nothing else to do.
     """
 
-    clock: float
-    flops: float
-    memory_rate: float
-    link_rate: float
-    ring: int
-
-
-CHIPS: Mapping[str, Chip] = {
-    "v5e": Chip(clock=1.5e9, flops=197e12, memory_rate=819e9, link_rate=45e9, ring=16),
-    "v5p": Chip(clock=1.75e9, flops=459e12, memory_rate=2765e9, link_rate=90e9, ring=4),
-    "v6e": Chip(clock=1.75e9, flops=918e12, memory_rate=1640e9, link_rate=90e9, ring=16),
-}
-"""By name, from the Cloud TPU documentation."""
+    count: int = 0
+    bytes: float = 0.0
+    seconds: float = 0.0
+    waits: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,12 +44,17 @@ class Cost:
         temporaries count what a loop's body holds twice, so this is on the safe side.
       peak_bytes: the compiler's own peak, the one that it refuses programs by; None likewise.
       compute_seconds: instructions with an estimate.
-      collective_seconds: synchronous collectives.
-      kernel_seconds: Pallas calls that state their operations.
-      hidden_seconds: asynchronous collectives; not in `seconds`.
+      collective_seconds: waiting for collectives: synchronous ones, and asynchronous ones for as
+        long as they take beyond the work between their start and their end.
+      kernel_seconds: Pallas calls that state their operations, and splash attention.
+      hidden_seconds: asynchronous collectives beside work; not in `seconds`.
       unpriced_seconds: what moving the operands and results of instructions without an estimate
         takes at least (gathers, scatters and sorts left out); not in `seconds`.
       unpriced: how often instructions without an estimate run, by opcode.
+      collectives: by kind.
+      parts: seconds by named scope, of everything that `seconds` counts; "" for what is in none.
+      heaviest: the instructions that take most of `seconds`; those of one kind and place are one.
+      largest: the collectives that take most of the links' time, beside work or not.
       assumptions: to be shown beside the figures.
     """
 
@@ -64,49 +65,89 @@ class Cost:
     kernel_seconds: float
     hidden_seconds: float
     unpriced_seconds: float
-    unpriced: dict[str, int]
+    unpriced: Mapping[str, int]
+    collectives: Mapping[str, Collectives]
+    parts: Mapping[str, float]
+    heaviest: Sequence["Priced"]
+    largest: Sequence["Priced"]
     assumptions: tuple[str, ...]
 
     @property
     def seconds(self) -> float:
-        """Compute, synchronous collectives and kernels, one after the other."""
-        return self.compute_seconds + self.collective_seconds + self.kernel_seconds
+        """Work and waiting, one after the other; the links' time if that is more."""
+        links = self.collective_seconds + self.hidden_seconds
+        return max(self.compute_seconds + self.collective_seconds + self.kernel_seconds, links)
 
 
-def estimate(compiled: Any, chip: Chip, *, kernel_share: float = 0.5) -> Cost:
+class Priced(NamedTuple):
+    """An instruction, and what all of its runs take.
+
+    Attributes:
+      category: "unpriced" if the compiler says nothing of its time; `seconds` is then the least
+        that memory traffic takes, or 0.
+      name: its name in the text.
+      kind: what it does.
+      runs: how often it runs.
+      seconds: of all runs.
+      waits: of a collective, the seconds in which the chip has nothing else to do.
+      bytes: sent over the links in all runs.
+      scope: where in the program it comes from.
+      detail: of a collective, its arrays and how many devices take part.
+    """
+
+    category: Literal["compute", "collective", "hidden", "kernel", "unpriced"]
+    name: str
+    kind: str
+    runs: int
+    seconds: float
+    waits: float
+    bytes: float
+    scope: str
+    detail: str = ""
+
+
+def estimate(
+    compiled: Any,
+    chip: Chip,
+    *,
+    kernel_share: float = 0.5,
+    parts: Sequence[str] = (),
+    heaviest: int = 0,
+) -> Cost:
     """The cost of a compiled executable, or of its text (then without memory).
 
     Args:
       compiled: `jax.stages.Compiled` for a TPU, or what its `as_text()` gives.
       chip: what it would run on.
       kernel_share: share of `chip.flops` that Pallas calls are taken to reach.
+      parts: named scopes (`jax.named_scope`) for which the time is told apart; an instruction is
+        the innermost one's.
+      heaviest: how many of the instructions that take most are listed, and of the collectives.
 
     Raises:
       ValueError: no program in the text, or a loop whose number of turns cannot be read.
     """
     stats = None if isinstance(compiled, str) else compiled.memory_analysis()
     seconds: defaultdict[str, float] = defaultdict(float)
+    by_part: defaultdict[str, float] = defaultdict(float)
     unpriced: Counter[str] = Counter()
-    started = set()
-    program = _Program(compiled if isinstance(compiled, str) else compiled.as_text())
-    for op, runs, around in program.executed():
-        collective, scattered = program.collective(op)
-        if collective:
-            hidden = "-start" in op.opcode or "async_collective" in op.name
-            key = (_number(r"channel_id=(\d+)", collective.rest), collective.type)
-            if not hidden or key not in started:
-                kind = "hidden" if hidden else "collective"
-                seconds[kind] += runs * _wire(collective, scattered, chip)
-            started |= {key} if hidden else set()
-        elif cycles := _number(r'"estimated_cycles":"(\d+)"', op.rest):
-            seconds["compute"] += runs * cycles / chip.clock
-        elif _KERNEL in op.rest and (flops := _number(r'"flops":"?(\d+)', op.rest)):
-            seconds["kernel"] += runs * flops / (kernel_share * chip.flops)
-        elif not (op.is_free or "[]" in op.type):
-            unpriced[op.kind] += runs
-            if op.kind not in _IRREGULAR:
-                types = [op.type, *(around[name].type for name in op.operands if name in around)]
-                seconds["unpriced"] += runs * sum(map(_hbm_bytes, types)) / chip.memory_rate
+    collectives: defaultdict[str, Collectives] = defaultdict(Collectives)
+    listed, travels = [], []
+    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    for one in priced(text, chip, kernel_share=kernel_share):
+        if one.category in ("collective", "hidden"):
+            seconds["collective"] += one.waits
+            seconds["hidden"] += one.seconds - one.waits
+            collectives[one.kind] = _with(collectives[one.kind], one)
+            travels.append(one)
+            one = one._replace(seconds=one.waits)
+        else:
+            seconds[one.category] += one.seconds
+        if one.category == "unpriced":
+            unpriced[one.kind] += one.runs
+        else:
+            by_part[innermost(one.scope, parts)] += one.seconds
+            listed.append(one)
     return Cost(
         hbm_bytes=memory_bytes(stats) if stats else None,
         peak_bytes=stats.peak_memory_in_bytes if stats else None,
@@ -116,15 +157,113 @@ def estimate(compiled: Any, chip: Chip, *, kernel_share: float = 0.5) -> Cost:
         hidden_seconds=seconds["hidden"],
         unpriced_seconds=seconds["unpriced"],
         unpriced=dict(unpriced),
+        collectives=dict(collectives),
+        parts=dict(by_part),
+        heaviest=_longest(listed, heaviest),
+        largest=_longest(travels, heaviest),
         assumptions=(
             "modelled from the compiler's estimates: nothing was executed",
             f"clock {chip.clock / 1e9:g} GHz, HBM {chip.memory_rate / 1e9:g} GB/s",
             f"ICI {chip.link_rate / 1e9:g} GB/s a link and way; a group of up to 16 devices lies "
             f"along one axis of the slice, a ring from {chip.ring} on; a larger one along two",
-            "asynchronous collectives and copies cost nothing, of a conditional all branches count",
-            f"Pallas calls reach {kernel_share:.0%} of {chip.flops / 1e12:g} TFLOP/s",
+            "asynchronous copies cost nothing, asynchronous collectives what they take longer than "
+            "the work between their start and end; of a conditional all branches count",
+            f"Pallas calls reach {kernel_share:.0%} of {chip.flops / 1e12:g} TFLOP/s; of splash "
+            "attention the half of its products counts that a causal mask leaves",
         ),
     )
+
+
+def priced(text: str, chip: Chip, *, kernel_share: float = 0.5) -> Iterator[Priced]:
+    """Every instruction of compiled HLO that takes time or may do so, each collective once.
+
+    A matrix product that the compiler let an asynchronous collective ride on is two of them.
+
+    Raises:
+      ValueError: as `estimate`.
+    """
+    program = hlo.Program(text)
+    order = list(program.executed())
+    work = [_work(op, around, chip, kernel_share) for op, _, around in order]
+    flights = _flights(program, order, work)
+    for place, (op, runs, around) in enumerate(order):
+        collective, scattered = program.collective(op)
+        if work[place].seconds:
+            category, each = work[place]
+            yield Priced(category, op.name, op.kind, runs, runs * each, 0.0, 0.0, op.scope)
+        if collective:
+            kind = "reduce-scatter" if scattered else collective.opcode.removesuffix("-start")
+            sent = _sent(collective, scattered)
+            took = runs * sent / (_links(collective, chip) * chip.link_rate)
+            rest = collective.scope or op.scope, _detail(collective)
+            if not op.is_asynchronous:
+                yield Priced("collective", op.name, kind, runs, took, took, runs * sent, *rest)
+            elif place in flights:
+                waits = max(took - flights[place], 0.0)
+                yield Priced("hidden", op.name, kind, runs, took, waits, runs * sent, *rest)
+        elif not (work[place].seconds or op.is_free or "[]" in op.type):
+            moved = 0.0
+            if op.kind not in _IRREGULAR:
+                types = [op.type, *(around[name].type for name in op.operands if name in around)]
+                moved = runs * sum(map(hlo.hbm_bytes, types)) / chip.memory_rate
+            yield Priced("unpriced", op.name, op.kind, runs, moved, 0.0, 0.0, op.scope)
+
+
+class _Work(NamedTuple):
+    """What one run of an instruction keeps the chip busy with; no seconds if nobody knows."""
+
+    category: Literal["compute", "kernel"]
+    seconds: float
+
+
+def _work(op: hlo.Op, around: hlo.Computation, chip: Chip, kernel_share: float) -> _Work:
+    if cycles := hlo.number(r'"estimated_cycles":"(\d+)"', op.rest):
+        return _Work("compute", cycles / chip.clock)
+    flops = _kernel_flops(op, around) if hlo.KERNEL in op.rest else 0.0
+    return _Work("kernel", flops / (kernel_share * chip.flops))
+
+
+def _kernel_flops(op: hlo.Op, around: hlo.Computation) -> float:
+    """Operations of a Pallas call: those that it states, or those of JAX's splash attention.
+
+    Each of that one's matrix products is of queries [..., T, C] with keys of as many tokens, half
+    of which are masked.
+    """
+    if stated := hlo.number(r'"flops":"?(\d+)', op.rest):
+        return stated
+    found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", op.scope)
+    types = [around[name].type for name in op.operands if name in around]
+    arrays = (re.match(r"(?:bf16|f32)\[(\d+(?:,\d+){2,})\]", type_) for type_ in types)
+    query = next(filter(None, arrays), None)
+    if not (found and query):
+        return 0.0
+    sizes = [int(size) for size in query[1].split(",")]
+    products = {"fwd": 2, "dq": 3, "dkv": 4}[found[1]]
+    return products * 2 * math.prod(sizes) * sizes[-2] / 2
+
+
+def _flights(program: hlo.Program, order: Sequence[Any], work: Sequence[_Work]) -> dict[int, float]:
+    """Where each asynchronous collective starts, and the seconds of work until it is done.
+
+    Start, fusions that it rides on, and end all hold it: the same channel and the same shape.
+    """
+    spans: dict[Any, tuple[int, int]] = {}
+    starts: dict[str, Any] = {}  # of pairs of instructions the second names the first
+    for place, (op, _, around) in enumerate(order):
+        collective, _ = program.collective(op)
+        if collective and op.is_asynchronous:
+            shape = re.sub(r"\{[^}]*\}", "", collective.type)
+            channel = hlo.number(r"channel_id=(\d+)", collective.rest)
+            key = channel, shape, id(around) if channel is None else 0
+            spans[key] = spans.get(key, (place, place))[0], place
+            starts[op.name] = key
+        elif op.opcode.endswith("-done") and op.operands and op.operands[0] in starts:
+            key = starts[op.operands[0]]
+            spans[key] = spans[key][0], place
+    busy = [0.0]
+    for (_, runs, _), each in zip(order, work, strict=True):
+        busy.append(busy[-1] + runs * each.seconds)
+    return {start: busy[end + 1] - busy[start] for start, end in spans.values()}
 
 
 def memory_bytes(stats: Any) -> int:
@@ -139,168 +278,61 @@ def largest_gathered(text: str) -> float:
     return max(
         (
             size
-            for computation in _Program(text).computations.values()
+            for computation in hlo.Program(text).computations.values()
             for op in computation.values()
             if op.opcode.removesuffix("-start") in kinds
-            for size, _ in _sizes(op.type)
+            for size, _ in hlo.sizes(op.type)
         ),
         default=0.0,
     )
 
 
-_KERNEL = 'custom_call_target="tpu_custom_call"'
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
-_FREE |= {"call", "partition-id", "replica-id", "after-all", "custom-call"}
-_IRREGULAR = {"gather", "scatter", "sort", "dynamic-update-slice", "kernel"}
-_COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
-_BYTES = {"pred": 1.0, "s4": 0.5, "u4": 0.5}  # all others name their bits
+def _with(sum_: Collectives, one: Priced) -> Collectives:
+    return Collectives(
+        count=sum_.count + one.runs,
+        bytes=sum_.bytes + one.bytes,
+        seconds=sum_.seconds + one.seconds,
+        waits=sum_.waits + one.waits,
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Op:
-    name: str
-    type: str
-    opcode: str
-    rest: str  # operands, attributes, metadata
-
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.rest[: self.rest.find(")")])
-
-    @property
-    def kind(self) -> str:
-        if _KERNEL in self.rest:
-            return "kernel"
-        return re.split(r"_fusion|\.", self.name)[0] if self.opcode == "fusion" else self.opcode
-
-    @property
-    def is_free(self) -> bool:
-        asynchronous = self.opcode.endswith(("-start", "-update", "-done"))
-        return asynchronous or (self.opcode in _FREE and self.kind != "kernel")
-
-    def attribute(self, key: str) -> str:
-        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
-        return found[1] if found else ""
+def _longest(found: Sequence[Priced], count: int) -> list[Priced]:
+    """The first by time; what differs by the name alone is one."""
+    same: dict[Any, Priced] = {}
+    for one in found:
+        key = one.category, one.kind, one.scope, one.detail
+        if key in same:
+            sums = {n: getattr(one, n) + getattr(same[key], n) for n in _SUMMED}
+            one = same[key]._replace(**sums)
+        same[key] = one
+    return sorted(same.values(), key=lambda one: -one.seconds)[:count]
 
 
-_Computation = dict[str, _Op]
+def innermost(scope: str, parts: Sequence[str]) -> str:
+    """The last of the names in a path; transformations wrap them, as in "transpose(jvp(mlp))"."""
+    return next((word for word in reversed(re.findall(r"\w+", scope)) if word in parts), "")
 
 
-class _Program:
-    """The computations of an HLO module by name."""
-
-    def __init__(self, text: str):
-        self.computations: dict[str, _Computation] = {}
-        self.entry = ""
-        current: _Computation = {}
-        last = None
-        for line in text.splitlines():
-            if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-                current = self.computations.setdefault(header[2], {})
-                self.entry = header[2] if header[1] else self.entry
-                last = None
-            elif op := _parse(line):
-                last = current[op.name] = op
-            elif last:  # some kernels put newlines into their metadata
-                last = current[last.name] = dataclasses.replace(last, rest=f"{last.rest}\n{line}")
-        if not self.entry:
-            raise ValueError("the text has no ENTRY computation: is it compiled HLO?")
-
-    def executed(self, name: str = "", runs: int = 1) -> Iterator[tuple[_Op, int, _Computation]]:
-        """Every instruction outside fusions, how often it runs, and what stands around it."""
-        around = self.computations[name or self.entry]
-        for op in around.values():
-            yield op, runs, around
-            inner = []
-            if op.opcode == "while":
-                inner = [(op.attribute("body"), runs * self._turns(op, around))]
-            elif op.opcode == "call":
-                inner = [(op.attribute("to_apply"), runs)]
-            elif op.opcode == "conditional":
-                listed = re.search(r"branch_computations=\{([^}]*)\}", op.rest)
-                pattern = r"%([\w.\-]+)" if listed else r"_computation=%([\w.\-]+)"
-                branches = re.findall(pattern, listed[1] if listed else op.rest)
-                inner = [(branch, runs) for branch in branches]
-            for computation, times in inner:
-                yield from self.executed(computation, times)
-
-    def collective(self, op: _Op) -> tuple[_Op | None, bool]:
-        """The collective that an instruction is or wraps; whether it keeps a share of the sum."""
-        if op.opcode.removesuffix("-start") in _COLLECTIVES:
-            return op, False
-        if op.opcode in ("fusion", "async-start"):
-            for part in self.computations.get(op.attribute("calls"), {}).values():
-                found, _ = self.collective(part)
-                if found:
-                    return found, "all-reduce-scatter" in op.attribute("calls")
-        return None, False
-
-    def _turns(self, loop: _Op, around: _Computation) -> int:
-        condition = self.computations[loop.attribute("condition")]
-        for op in condition.values():
-            if op.opcode == "compare" and "direction=LT" in op.rest:
-                first, bound = (_scalar(name, condition, loop, around) for name in op.operands)
-                if first is not None and bound is not None:
-                    return max(bound - first, 0)  # all loops that JAX makes count up by one
-        raise ValueError(f"cannot read how often the loop {loop.name} turns")
+def _detail(op: hlo.Op) -> str:
+    arrays = re.findall(r"\w+\[[\d,]*\]", op.type)
+    more = f" and {len(arrays) - 3} more" if len(arrays) > 3 else ""
+    return f"{', '.join(arrays[:3])}{more} over {op.group}"
 
 
-def _scalar(name: str, inside: _Computation, loop: _Op, around: _Computation) -> int | None:
-    """A scalar's value before a loop's first turn, looked up through tuples and copies."""
-    op = inside.get(name)
-    if op is None:
-        return None
-    if op.opcode == "constant":
-        return _number(r"^(-?\d+)\)", op.rest)
-    if op.opcode in ("copy", "bitcast"):
-        return _scalar(op.operands[0], inside, loop, around)
-    start = around.get(loop.operands[0])
-    if op.opcode == "get-tuple-element" and inside is not around and start is not None:
-        index = _number(r"index=(\d+)", op.rest) or 0
-        return _scalar(start.operands[index], around, loop, around)
-    return None
-
-
-def _parse(line: str) -> _Op | None:
-    found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line)
-    if not found:
-        return None
-    name, text = found.groups()
-    depth = 0
-    for end, letter in enumerate(text):
-        depth += (letter in "({") - (letter in ")}")
-        if letter == " " and depth == 0:  # a type has spaces only between the parts of a tuple
-            call = re.match(r"([\w\-]+)\((.*)$", text[end + 1 :])
-            return _Op(name, text[:end], call[1], call[2]) if call else None
-    return None
-
-
-def _number(pattern: str, text: str) -> int | None:
-    found = re.search(pattern, text)
-    return int(found[1]) if found else None
-
-
-def _sizes(type_: str) -> Iterator[tuple[float, str]]:
-    """Bytes and layout of each array of a type."""
-    for dtype, shape, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", type_):
-        bits = _number(r"^[a-z]+(\d+)", dtype)
-        size = _BYTES.get(dtype, bits / 8 if bits else 0.0)
-        yield size * math.prod(int(length) for length in shape.split(",") if length), layout
-
-
-def _hbm_bytes(type_: str) -> float:
-    return sum(size for size, layout in _sizes(type_) if not re.search(r"S\(\d+\)", layout))
-
-
-def _wire(op: _Op, scattered: bool, chip: Chip) -> float:
-    """Seconds of a collective on the links."""
-    sizes = [size for size, _ in _sizes(op.type)]
+def _sent(op: hlo.Op, scattered: bool) -> float:
+    """Bytes that a chip sends for a collective."""
+    sizes = [size for size, _ in hlo.sizes(op.type)]
     size = max(sizes) if "-start" in op.opcode else sum(sizes)
     kind = op.opcode.removesuffix("-start")
     if kind == "collective-permute":
-        return size / chip.link_rate
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", op.rest)
-    group = len(listed[1].split(",")) if listed else _number(r"groups=\[\d+,(\d+)\]", op.rest) or 1
+        return size
+    group = op.group
     passes = {"reduce-scatter": group, "all-reduce": 1 if scattered else 2, "all-to-all": 0.25}
-    links = (1 if group <= 16 else 2) * (2 if group >= chip.ring else 1)
-    return passes.get(kind, 1) * size * (group - 1) / group / (links * chip.link_rate)
+    return passes.get(kind, 1) * size * (group - 1) / group
+
+
+def _links(op: hlo.Op, chip: Chip) -> int:
+    """Links over which a chip sends at once."""
+    if op.opcode.removesuffix("-start") == "collective-permute":
+        return 1
+    return (1 if op.group <= 16 else 2) * (2 if op.group >= chip.ring else 1)

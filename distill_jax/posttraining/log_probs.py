@@ -60,8 +60,9 @@ def sequence_log_probs(
     """
     hidden_BTD = hidden_states(config, params, row["tokens"], row["segment_ids"], remat=remat)
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    log_probs_N = label_log_probs(
-        hidden_ND, unembedding(params), row["labels"].reshape(-1), chunk=chunk
-    )
+    with jax.named_scope("head"):
+        log_probs_N = label_log_probs(
+            hidden_ND, unembedding(params), row["labels"].reshape(-1), chunk=chunk
+        )
     log_probs_BT = log_probs_N.reshape(row["labels"].shape)
     return jnp.sum(jnp.where(row["where"], log_probs_BT, 0.0), axis=-1)

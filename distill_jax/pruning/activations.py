@@ -225,7 +225,8 @@ def _observe(
     }
 
 
-def _zeros(config: models.LlamaConfig) -> dict[str, Any]:
+def zeros(config: models.LlamaConfig) -> dict[str, Any]:
+    """The totals of `accumulate` before the first batch."""
     L, D = config.layers, config.embed
     sizes = {
         "heads": config.heads,
@@ -241,7 +242,7 @@ def _zeros(config: models.LlamaConfig) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "how"), donate_argnames="totals")
-def _accumulate(
+def accumulate(
     totals: dict[str, Any],
     params: models.Params,
     tokens_BT: Array,
@@ -282,10 +283,10 @@ def activation_scores(
     Raises:
       InputError: the batches hold no tokens.
     """
-    totals = _zeros(model.config)
+    totals = zeros(model.config)
     for batch in batches:
         tokens, segments = tokens_and_segments(batch, batch_sharding)
-        totals = _accumulate(
+        totals = accumulate(
             totals, model.params, tokens, segments, config=model.config, how=sequence
         )
     powers: Powers = totals.pop("powers")

@@ -93,7 +93,7 @@ def importance(
         "taylor": lambda: taylor_scores(model, rows, batch_sharding),
         "fluctuation": lambda: fluctuation_scores(model, rows, batch_sharding),
         "magnitude": lambda: magnitude_scores(model),
-        "random": lambda: _random_scores(model.config, config.seed),
+        "random": lambda: random_scores(model.config, config.seed),
     }
     found = measures[config.method]()
     arrays: dict[str, Any] = {name: np.asarray(value, np.float32) for name, value in found.items()}
@@ -129,7 +129,8 @@ def model_fingerprint(model: models.Model) -> str:
     return fingerprint({"config": model.config.to_json(), "weights": sums})
 
 
-def _random_scores(config: models.LlamaConfig, seed: int) -> dict[str, Any]:
+def random_scores(config: models.LlamaConfig, seed: int) -> dict[str, Any]:
+    """The arrays of `Scores` by name: parts in random order, channels of equal power."""
     random = np.random.default_rng(seed)
     L = config.layers
     channels = np.ones((L, config.embed))

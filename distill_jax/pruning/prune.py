@@ -20,7 +20,7 @@ from distill_jax.pruning.plan import KvChoice, LayerChoice, Plan, check_shapes, 
 from distill_jax.pruning.repair import Grams, grams, repair
 from distill_jax.pruning.reuse import find_or_measure
 from distill_jax.pruning.sequential import check_ridge, repair_in_sequence
-from distill_jax.pruning.surgery import apply_plan
+from distill_jax.pruning.surgery import apply_plan, target_shardings
 from distill_jax.pruning.tying import TyingSums, tie, ties, tying_sums
 
 RepairOrder = Literal["at_once", "in_sequence"]
@@ -201,9 +201,5 @@ def _student(
     def cut(params: models.Params, sums: Grams) -> models.Params:
         return apply_plan(plan, repair(plan, params, sums, ridge=ridge), mesh=mesh)
 
-    placed = None
-    if mesh is not None:
-        shapes = models.abstract_params(plan.target)
-        placed = parallel.shardings(mesh, models.logical_axes(plan.target), shapes)
-    params = jax.jit(cut, out_shardings=placed)(start, sums)
+    params = jax.jit(cut, out_shardings=target_shardings(plan, mesh))(start, sums)
     return models.Model(plan.target, params)

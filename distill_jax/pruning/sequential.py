@@ -39,7 +39,12 @@ from distill_jax.pruning.activations import Batch, tokens_and_segments
 from distill_jax.pruning.least_squares import Sums, fit, sums_of
 from distill_jax.pruning.plan import Plan
 from distill_jax.pruning.repair import balance, exact_dot
-from distill_jax.pruning.surgery import apply_plan, take_layer, weight_scales
+from distill_jax.pruning.surgery import (
+    jit_cut,
+    take_layer,
+    target_shardings,
+    weight_scales,
+)
 
 Layer = dict[str, dict[str, Array]]
 """Parameters of one layer."""
@@ -93,11 +98,8 @@ def repair_in_sequence(
     changes = diff(model.config.to_json(), plan.source.to_json())
     if changes:
         raise InputError(f"not the model that the plan cuts ({'; '.join(changes)})")
-    shardings = None
-    if mesh is not None:
-        shapes = models.abstract_params(plan.target)
-        shardings = parallel.shardings(mesh, models.logical_axes(plan.target), shapes)
-    cut = jax.jit(functools.partial(apply_plan, plan, mesh=mesh), out_shardings=shardings)
+    shardings = target_shardings(plan, mesh)
+    cut = jit_cut(plan, mesh)
     start = model.params if start is None else start
     student = cut(start)
     rows = _first_rows(batches, model.params, student, mesh)

@@ -3,6 +3,7 @@
 Dimensions as in `distill_jax.models`; a prime marks what is kept.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -131,6 +132,20 @@ def apply_plan(plan: Plan, params: models.Params, *, mesh: Mesh | None = None) -
         return (weight.astype(jnp.float32) * factor).astype(weight.dtype)
 
     return jax.tree_util.tree_map_with_path(scaled, cut)
+
+
+def jit_cut(plan: Plan, mesh: Mesh | None) -> Any:
+    """`apply_plan`, jitted: parameters in, the pruned ones where they live on the mesh out."""
+    cut = functools.partial(apply_plan, plan, mesh=mesh)
+    return jax.jit(cut, out_shardings=target_shardings(plan, mesh))
+
+
+def target_shardings(plan: Plan, mesh: Mesh | None) -> Any | None:
+    """Where the pruned model's parameters live; None leaves that to JAX."""
+    if mesh is None:
+        return None
+    shapes = models.abstract_params(plan.target)
+    return parallel.shardings(mesh, models.logical_axes(plan.target), shapes)
 
 
 def weight_scales(plan: Plan) -> dict[tuple[str, ...], np.ndarray]:

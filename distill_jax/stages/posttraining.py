@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
+from jax.sharding import Mesh
 
 from distill_jax import models, posttraining, training
 from distill_jax.artifacts import InputError
@@ -70,9 +71,7 @@ def _sft(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, A
     model = run.load(context.student(run.recipe.seeds[0]))
     _, problems = _problems(config)
     rows = _fine_tuning_rows(run, config, posttraining.demonstrations(problems))
-    loss_fn = posttraining.sft_loss(
-        model.config, config.sft, remat=config.sft_train.remat, mesh=run.mesh
-    )
+    loss_fn = sft_loss(config, model.config, run.mesh)
     return _train(run, place, model, loss_fn, rows, config.sft_train)
 
 
@@ -107,5 +106,15 @@ def _dpo(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, A
         )
     rows = posttraining.pair_rows(pairs, config.dpo, pad_id=run.tokenizer.pad_id)
     rows = posttraining.with_reference(model, rows, config.dpo)
-    loss_fn = posttraining.dpo_loss(model.config, config.dpo, remat=config.dpo_train.remat)
+    loss_fn = dpo_loss(config, model.config)
     return _train(run, place, model, loss_fn, rows, config.dpo_train)
+
+
+def sft_loss(config: PostTrainingConfig, shape: models.LlamaConfig, mesh: Mesh) -> training.LossFn:
+    """The loss of the stage sft, for a model of this shape on a mesh."""
+    return posttraining.sft_loss(shape, config.sft, remat=config.sft_train.remat, mesh=mesh)
+
+
+def dpo_loss(config: PostTrainingConfig, shape: models.LlamaConfig) -> training.LossFn:
+    """The loss of the stage dpo, for a model of this shape."""
+    return posttraining.dpo_loss(shape, config.dpo, remat=config.dpo_train.remat)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+from jax.sharding import Mesh
 
 from distill_jax import data, losses, models, pruning, teachers, training
 from distill_jax.pipeline import Stage
 from distill_jax.pruning import PruneConfig
-from distill_jax.recipe import Control, DistillConfig, to_json
+from distill_jax.recipe import Control, DistillConfig, Recipe, to_json
 from distill_jax.stages import context
 from distill_jax.stages.context import CORPUS, PRUNE, Run
 
@@ -153,19 +154,34 @@ def _train_on_targets(
         temperature=recipe.targets.temperature,
     )
 
+    loss_fn = distill_loss(recipe, field, model.config, run.mesh)
+    return run.train(place, model, loss_fn, rows, train)
+
+
+def distill_loss(
+    recipe: Recipe, field: str, shape: models.LlamaConfig, mesh: Mesh
+) -> training.LossFn:
+    """The loss of a training on stored targets.
+
+    Args:
+      recipe: whose stores are read.
+      field: a key of `Recipe.trainings`.
+      shape: of the student.
+      mesh: where it is trained.
+    """
+    distill, temperature = recipe.trainings[field], recipe.targets.temperature
+    schemes = {name: recipe.targets.schemes[recipe.store(name, field)] for name in distill.terms}
+
     def teacher_targets(stored: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            name: teachers.to_targets(
-                store.identity.scheme, stored[name], temperature=store.identity.temperature
-            )
-            for name, store in stores.items()
+            name: teachers.to_targets(scheme, stored[name], temperature=temperature)
+            for name, scheme in schemes.items()
         }
 
-    loss_fn = training.language_model_loss(
-        model.config,
-        distill.objective(recipe.targets.temperature),
-        remat=train.remat,
+    return training.language_model_loss(
+        shape,
+        distill.objective(temperature),
+        remat=distill.train.remat,
         teacher_targets=teacher_targets,
-        mesh=run.mesh,
+        mesh=mesh,
     )
-    return run.train(place, model, loss_fn, rows, train)

@@ -16,6 +16,7 @@ from distill_jax.teachers.schemes import (
     Scheme,
     Threshold,
     TopK,
+    blank_row,
     scheme_from_json,
     scheme_to_json,
     to_targets,
@@ -23,7 +24,7 @@ from distill_jax.teachers.schemes import (
 from distill_jax.teachers.store import Store, open_store
 from distill_jax.teachers.verify import verify
 from distill_jax.teachers.vocabulary import threshold_for
-from distill_jax.teachers.writer import WriteConfig, write_stores
+from distill_jax.teachers.writer import WriteConfig, asking_of, write_stores
 
 __all__ = [
     "MANIFEST",
@@ -38,6 +39,8 @@ __all__ = [
     "Threshold",
     "TopK",
     "WriteConfig",
+    "asking_of",
+    "blank_row",
     "describe",
     "describe_row",
     "join",

@@ -63,7 +63,8 @@ def ask_teacher(
         return jnp.moveaxis(values.reshape(batch, time // step, step, *values.shape[2:]), 1, 0)
 
     positions = jnp.arange(time).reshape(-1, step)
-    encoded = jax.lax.map(encode_chunk, (chunks(hidden_BTD), chunks(labels_BT), positions))
+    with jax.named_scope("head"):
+        encoded = jax.lax.map(encode_chunk, (chunks(hidden_BTD), chunks(labels_BT), positions))
     encoded = jax.tree.map(
         lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, time, *x.shape[3:]), encoded
     )

@@ -124,16 +124,10 @@ def write_stores(
         missing = parallel.on_main(
             lambda: {name: writer.begin() for name, writer in writers.items()}, what="the start"
         )
-        forward = functools.partial(
-            ask_teacher,
-            model.params,
-            config=model.config,
-            schemes=tuple(schemes.values()),
-            temperature=float(temperature),
-            chunk_tokens=config.chunk_tokens,
-            hidden_states=hidden_states,
-            sharding=sharding,
+        asking = asking_of(
+            model.config, schemes, temperature, config, sharding, hidden_states=hidden_states
         )
+        forward = functools.partial(asking, model.params)
         pending = [_PendingShard(writers[n], missing[n], reused[n]) for n in writers]
         _write_missing(pending, forward, corpus, config, share)
         parallel.barrier("the last shard")
@@ -141,6 +135,27 @@ def write_stores(
             lambda: {name: _figures(w, reused[name]) for name, w in writers.items()},
             what="the end of the stores",
         )
+
+
+def asking_of(
+    shape: models.LlamaConfig,
+    schemes: Mapping[str, Scheme],
+    temperature: float,
+    config: WriteConfig,
+    sharding: NamedSharding | None,
+    *,
+    hidden_states: HiddenStates = models.hidden_states,
+) -> functools.partial:
+    """`ask_teacher` as `write_stores` calls it, but for the parameters and the batch."""
+    return functools.partial(
+        ask_teacher,
+        config=shape,
+        schemes=tuple(schemes.values()),
+        temperature=float(temperature),
+        chunk_tokens=config.chunk_tokens,
+        hidden_states=hidden_states,
+        sharding=sharding,
+    )
 
 
 def _check_batch(config: WriteConfig, share: parallel.RowShare) -> None:

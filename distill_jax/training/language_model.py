@@ -44,14 +44,15 @@ def language_model_loss(
             targets |= teacher_targets(batch["targets"])
         flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
         matrix = params["embedding" if config.tied else "unembedding"]
-        return _head(mesh, config, matrix)(
-            objective,
-            flat(hidden_BTD),
-            matrix,
-            jax.tree.map(flat, targets),
-            flat(batch["where"]),
-            step=step,
-        )
+        with jax.named_scope("head"):
+            return _head(mesh, config, matrix)(
+                objective,
+                flat(hidden_BTD),
+                matrix,
+                jax.tree.map(flat, targets),
+                flat(batch["where"]),
+                step=step,
+            )
 
     return loss_fn
 

@@ -89,8 +89,9 @@ def make_step(
         grads, totals = sum_gradients(loss_fn, low, batch, state.step, accumulation)
         weight = jnp.maximum(totals.weight, jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         loss, terms = totals.mean()
         metrics = {
             "loss": loss,

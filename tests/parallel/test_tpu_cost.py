@@ -2,8 +2,9 @@ import types
 
 import pytest
 
-from distill_jax.parallel import tpu_cost
-from distill_jax.parallel.tpu_cost import Chip, estimate
+from distill_jax.parallel import topology
+from distill_jax.parallel.topology import Chip
+from distill_jax.parallel.tpu_cost import estimate
 
 CHIP = Chip(clock=1e9, flops=100e12, memory_rate=1e12, link_rate=50e9, ring=4)
 
@@ -125,6 +126,15 @@ MIB = 2**20 * 4  # bytes of f32[1024,1024]
         # 2 devices are no ring, 32 lie along two axes
         ("f32[1024,1024] all-gather(%p), replica_groups={{0,1},{2,3}}", 0.5 * MIB / 50e9),
         ("f32[1024,1024] all-gather(%p), replica_groups=[2,32]<=[64]", 31 / 32 * MIB / 200e9),
+        (
+            "f32[1024,1024] all-gather(%p), replica_groups=mesh['a'=2,'b'=4], "
+            "device_ids=([4,2]T(1,0)) {'b'}, dimensions={0}",
+            0.75 * MIB / 100e9,
+        ),
+        (
+            "f32[1024,1024] all-gather(%p), replica_groups=mesh['a'=8,'b'=4] {'a','b'}",
+            31 / 32 * MIB / 200e9,
+        ),
         ("bf16[1024,1024] collective-permute(%p), source_target_pairs={{0,1}}", MIB / 2 / 50e9),
     ],
 )
@@ -146,20 +156,95 @@ def test_a_sum_of_which_each_keeps_a_share_takes_one_pass():
     assert cost.collective_seconds == pytest.approx(0.75 * MIB / 100e9)
 
 
-def test_asynchronous_collectives_are_hidden_and_count_once():
+GATHERED = 0.75 * MIB / 100e9  # seconds of an f32[1024,1024] over a ring of 4
+
+
+@pytest.mark.parametrize("work", [1, 10_000, 100_000])  # the gathering takes 31457 cycles
+def test_an_asynchronous_collective_is_waited_for_as_long_as_nothing_else_is_done(work):
     start = f"all-gather-start(%p), {FOUR}, channel_id=9"
     text = module(
         [
             "%p = f32[256,1024] parameter(0)",
+            f"%before = f32[8] negate(%p), {cycles(500)}",
             f"%s = (f32[256,1024]{{1,0}}, f32[1024,1024]{{1,0}}) {start}",
-            f"%s.1 = (f32[256,1024]{{1,0}}, f32[1024,1024]{{1,0}}) {start}",
-            "ROOT %d = f32[1024,1024]{1,0} all-gather-done(%s)",
+            f"%between = f32[8] negate(%p), {cycles(work)}",
+            "%d = f32[1024,1024]{1,0} all-gather-done(%s)",
+            f"ROOT %after = f32[8] negate(%p), {cycles(700)}",
         ]
     )
     cost = estimate(text, CHIP)
-    assert cost.hidden_seconds == pytest.approx(0.75 * MIB / 100e9)
-    assert cost.seconds == 0.0
+    waits = max(GATHERED - work / 1e9, 0)
+    assert cost.collective_seconds == pytest.approx(waits)
+    assert cost.hidden_seconds == pytest.approx(GATHERED - waits)
+    assert cost.seconds == pytest.approx((1200 + work) / 1e9 + waits)
+    found = cost.collectives["all-gather"]
+    assert (found.count, found.bytes) == (1, 0.75 * MIB)
+    assert (found.seconds, found.waits) == pytest.approx((GATHERED, waits))
     assert cost.unpriced == {}
+
+
+def riding(name):
+    """A computation in which something stands beside a part of the gathering of channel 7."""
+    layout = "{1,0:T(8,128)S(1)}" if "1" in name else "{1,0:T(8,128)}"
+    return f"""%{name} (a: f32[256,1024]) -> f32[1024,1024] {{
+  %a = f32[256,1024]{{1,0:T(8,128)}} parameter(0)
+  %g = f32[1024,1024]{layout} all-gather(%a), {FOUR}, channel_id=7
+  ROOT %c = f32[1024,1024]{{1,0}} negate(%g)
+}}"""
+
+
+def test_products_on_which_a_collective_rides_count_and_it_counts_once():
+    kinds = "async_collective_fusion.1", "async_collective_fusion.2", "start", "done"
+    text = module(
+        [
+            "%p = f32[256,1024] parameter(0)",
+            "%async-collective-start.4 = f32[256,1024]{1,0} fusion(%p), calls=%start",
+            f"%fusion.1 = f32[8] fusion(%p), calls=%async_collective_fusion.1, {cycles(4000)}",
+            f"%fusion.2 = f32[8] fusion(%p), calls=%async_collective_fusion.2, {cycles(5000)}",
+            "ROOT %async-collective-done.4 = f32[1024,1024]{1,0} fusion(%p), calls=%done",
+        ],
+        *map(riding, kinds),
+    )
+    cost = estimate(text, CHIP)
+    assert cost.compute_seconds == pytest.approx(9000 / 1e9)
+    assert cost.collective_seconds == pytest.approx(GATHERED - 9000 / 1e9)
+    assert cost.hidden_seconds == pytest.approx(9000 / 1e9)
+    assert cost.collectives["all-gather"].count == 1
+
+
+def test_links_bound_the_time():
+    """Three collectives in flight at once are hidden behind the same work, but share the links."""
+    body = ["%p = f32[256,1024] parameter(0)"]
+    for channel in (1, 2, 3):
+        call = f"all-gather-start(%p), {FOUR}, channel_id={channel}"
+        body.append(f"%s.{channel} = (f32[256,1024], f32[1024,1024]) {call}")
+    body.append(f"%work = f32[8] negate(%p), {cycles(40_000)}")
+    body += [f"%d.{n} = f32[1024,1024] all-gather-done(%s.{n})" for n in (1, 2, 3)]
+    cost = estimate(module(body), CHIP)
+    assert cost.collective_seconds == 0.0
+    assert cost.seconds == pytest.approx(3 * GATHERED)
+
+
+def test_scopes_share_the_time_and_the_heaviest_are_named():
+    def line(name, scope, count):
+        return f'%{name} = f32[8] negate(%p), metadata={{op_name="{scope}"}}, {cycles(count)}'
+
+    gather = f'f32[1024,1024] all-gather(%p), {FOUR}, metadata={{op_name="jit(f)/jvp(mlp)/dot"}}'
+    text = module(
+        [
+            line("a", "jit(f)/transpose(jvp(attention))/while/body/mul", 100),
+            line("b", "jit(f)/attention/mlp/add", 20),  # the innermost one's
+            line("c", "jit(f)/mlp_of_another_name/add", 3),
+            f"ROOT %g = {gather}",
+        ]
+    )
+    cost = estimate(text, CHIP, parts=("attention", "mlp"), heaviest=2)
+    assert cost.parts == pytest.approx(
+        {"attention": 100e-9, "mlp": 20e-9 + GATHERED, "": 3e-9}, rel=1e-6
+    )
+    assert [one.name for one in cost.heaviest] == ["g", "a"]
+    assert cost.heaviest[0].detail == "f32[1024,1024] over 4"
+    assert sum(cost.parts.values()) == pytest.approx(cost.seconds)
 
 
 def test_what_has_no_estimate_is_listed():
@@ -190,6 +275,43 @@ def test_kernels():
     assert estimate(kernel(""), CHIP).unpriced == {"kernel": 1}
 
 
+@pytest.mark.parametrize(("phase", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_splash_attention_says_nothing_of_its_work(phase, products):
+    """A product of a causal row is half of 2 T T C operations for every head of every row."""
+    scope = f"jit(step)/attention/vmap(splash_mha_{phase}_segmented_no_residuals)/pallas_call"
+    target = 'custom_call_target="tpu_custom_call"'
+    text = module(
+        [
+            "%m = s8[4,4]{1,0} parameter(0)",
+            "%q = bf16[2,32,4096,64]{3,2,1,0:T(8,128)(2,1)} parameter(1)",
+            "%k = bf16[2,8,4096,64]{3,2,1,0:T(8,128)(2,1)} parameter(2)",
+            f"ROOT %s = bf16[2,32,4096,64]{{3,2,1,0}} custom-call(%m, %q, %k), {target}, "
+            f'metadata={{op_name="{scope}"}}',
+        ]
+    )
+    cost = estimate(text, CHIP, kernel_share=0.25, parts=("attention",))
+    flops = products * 2 * 32 * 4096 * 4096 * 64
+    assert cost.kernel_seconds == pytest.approx(flops / 25e12)
+    assert cost.parts == {"attention": cost.seconds}
+
+
+def test_kernels_are_work_behind_which_collectives_hide():
+    start = f"all-gather-start(%p), {FOUR}, channel_id=9"
+    target = 'custom_call_target="tpu_custom_call"'
+    stated = 'backend_config={"cost_estimate":{"flops":"1000000000"}}'  # 20 us
+    text = module(
+        [
+            "%p = f32[256,1024] parameter(0)",
+            f"%s = (f32[256,1024], f32[1024,1024]) {start}",
+            f"%k = f32[8]{{0}} custom-call(%p), {target}, {stated}",
+            "ROOT %d = f32[1024,1024] all-gather-done(%s)",
+        ]
+    )
+    cost = estimate(text, CHIP)
+    assert cost.kernel_seconds == pytest.approx(20e-6)
+    assert cost.collective_seconds == pytest.approx(GATHERED - 20e-6)
+
+
 def test_newlines_and_braces_in_metadata():
     odd = f'%n = f32[8] negate(%p), metadata={{op_name="a\n{{b\n}}"}}, {cycles(5)}\n  ROOT %while ='
     text = module(LOOP, INNER).replace("ROOT %while =", odd)
@@ -217,9 +339,9 @@ def test_other_text_is_refused():
         estimate("module @jit_f {}", CHIP)
 
 
-@pytest.mark.parametrize("name", sorted(tpu_cost.CHIPS))
+@pytest.mark.parametrize("name", sorted(topology.CHIPS))
 def test_published_figures_agree(name):
     """The matrix units' width times the clock gives the published peak."""
     width = {"v5e": 4 * 128**2, "v5p": 8 * 128**2, "v6e": 4 * 256**2}[name]
-    chip = tpu_cost.CHIPS[name]
+    chip = topology.CHIPS[name]
     assert chip.flops == pytest.approx(2 * width * chip.clock, rel=0.01)

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from distill_jax import losses
 from distill_jax.artifacts import InputError
 from distill_jax.teachers.schemes.interface import Scheme
@@ -24,6 +26,7 @@ __all__ = [
     "Scheme",
     "Threshold",
     "TopK",
+    "blank_row",
     "scheme_from_json",
     "scheme_to_json",
     "to_targets",
@@ -64,6 +67,21 @@ def to_targets(
       temperature: the store's temperature, `store.identity.temperature`.
     """
     return scheme.targets(arrays, temperature)
+
+
+def blank_row(scheme: Scheme, tokens: int, vocab_size: int) -> dict[str, np.ndarray]:
+    """What a store's row gives for training, of these shapes and types, with nothing kept.
+
+    As wide as the scheme's widest token can be; a store is as wide as the widest that it has.
+    """
+    columns = {
+        column.name: np.zeros(
+            tokens if column.counted_by is None else (tokens, scheme.width),
+            np.int32 if column.steps is None else np.float32,
+        )
+        for column in scheme.columns(vocab_size)
+    }
+    return scheme.unpack(columns)
 
 
 def _fields(scheme: Any) -> list[str]:

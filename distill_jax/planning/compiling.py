@@ -1,0 +1,168 @@
+"""Compiles what a stage runs, and searches for what would run better, or at all."""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+
+from distill_jax import progress
+from distill_jax.artifacts import InputError
+from distill_jax.models.llama import Remat
+from distill_jax.parallel import MeshConfig, Topology
+from distill_jax.planning import cache, worker
+from distill_jax.planning.programs import Choice
+from distill_jax.planning.report import Report, crashed_report
+from distill_jax.planning.shapes import known_teachers
+from distill_jax.planning.worker import Question
+
+HEADROOM = 0.9
+"""Of the memory a program may have, what a recommended one takes at most: the runtime and data on
+their way to the device want some too."""
+
+_BATCHES = (1, 2, 4, 8, 16, 32)
+_LARGER_SLICES = 3
+_WORTH = 1.01
+"""What a larger batch must gain in speed for a still larger one to be tried."""
+
+
+def answer(question: Question, choice: Choice, topology: Topology) -> list[Report]:
+    """A report of each program of the stage, from the cache or compiled now.
+
+    Raises:
+      InputError: the compiler is not installed, or the stage cannot run so.
+    """
+    programs = question.programs(choice, topology)
+    shapes = [question.teacher, *map(repr, known_teachers(question.recipe))]
+    key = cache.key(question.recipe, question.stage, choice, topology, shapes)
+    if question.text is None and (found := cache.read(key)) is not None:
+        return found
+    reports = []
+    for index, program in enumerate(programs):
+        made = worker.compile_apart(question, choice, topology, index)
+        reports.append(crashed_report(program, topology, made) if isinstance(made, str) else made)
+    if all(report.hbm is not None for report in reports):  # a crash may be of this machine's making
+        cache.write(key, reports)
+    return reports
+
+
+def worst(reports: Sequence[Report]) -> Report:
+    """Of a stage's programs the one that needs most memory: it decides whether the stage fits."""
+    return max(reports, key=lambda report: (not report.fits, report.hbm or 0.0))
+
+
+def would_fit(question: Question, topology: Topology, refused: Report) -> list[Report]:
+    """What would fit instead, by trying: full remat, fewer rows at a time, a larger slice.
+
+    Args:
+      question: what is planned.
+      topology: on what.
+      refused: the report of what does not fit.
+
+    Returns:
+      The first of each kind that fits; kinds without any are left out.
+    """
+    ways = _ways(question, topology, refused)
+    found = []
+    with progress.bar("what would fit", sum(map(len, ways)), unit="tries") as bar:
+        for way in ways:
+            for other, slice_ in way:
+                report = _try(question, other, slice_)
+                bar.advance()
+                if isinstance(report, Report) and report.fits:
+                    found.append(report)
+                    break
+    return found
+
+
+def _ways(
+    question: Question, topology: Topology, refused: Report
+) -> list[list[tuple[Choice, Topology]]]:
+    """Kinds of change; of each the least first."""
+    mesh = MeshConfig(**refused.mesh)
+    choice = Choice(batch=refused.batch, remat=refused.remat, mesh=mesh)  # type: ignore[arg-type]
+    remat: list[tuple[Choice, Topology]] = []
+    if question.trains and refused.remat != "full":
+        remat = [(dataclasses.replace(choice, remat="full"), topology)]
+    halves = [refused.batch >> n for n in range(1, refused.batch.bit_length())]
+    rows = [(dataclasses.replace(choice, batch=batch), topology) for batch in halves]
+    slices: list[tuple[Choice, Topology]] = []
+    larger = topology.larger()
+    while larger is not None and len(slices) < _LARGER_SLICES:
+        batch = max(refused.batch * topology.chips // larger.chips, 1)
+        wider = dataclasses.replace(mesh, fsdp=-1)
+        slices.append((dataclasses.replace(choice, batch=batch, mesh=wider), larger))
+        larger = larger.larger()
+    return [remat, rows, slices]
+
+
+def _try(question: Question, choice: Choice, topology: Topology) -> Report | InputError:
+    try:
+        return worst(answer(question, choice, topology))
+    except InputError as error:
+        return error
+
+
+def sweep(
+    question: Question,
+    topology: Topology,
+    *,
+    batches: Sequence[int | None] = (),
+    remats: Sequence[Remat | None] = (),
+    meshes: Sequence[MeshConfig | None] = (),
+) -> list[Report]:
+    """Reports of every mesh and remat with growing batches.
+
+    None stands for what the recipe says. A batch is not tried if the one before did not fit, or was
+    hardly faster than the one before that.
+
+    Args:
+      question: what is planned.
+      topology: on what.
+      batches: rows at a time on each device, rising; empty: powers of two.
+      remats: empty: all, if there is a backward pass.
+      meshes: empty: `usual_meshes`.
+
+    Raises:
+      InputError: none of them can run.
+    """
+    remats = remats or (typing.get_args(Remat) if question.trains else ("none",))
+    pairs = [(mesh, remat) for mesh in meshes or usual_meshes(topology) for remat in remats]
+    reports, errors = [], []
+    with progress.bar("sweep", len(pairs), unit="meshes and remats") as bar:
+        for mesh, remat in pairs:
+            fastest = 0.0
+            for batch in batches or _BATCHES:
+                report = _try(question, Choice(batch=batch, remat=remat, mesh=mesh), topology)
+                if isinstance(report, InputError):
+                    errors.append(report)
+                    break
+                reports.append(report)
+                speed = report.tokens_per_second or 0.0
+                if not report.fits or speed < _WORTH * fastest:
+                    break
+                fastest = max(speed, fastest)
+            bar.advance()
+    if not reports:
+        raise errors[0]
+    return reports
+
+
+def usual_meshes(topology: Topology) -> list[MeshConfig]:
+    """One FSDP group; replicas along an axis of the slice; and these with two tensor shards."""
+    replicas = topology.sizes[-1]
+    found = [MeshConfig()]
+    if 1 < replicas < topology.chips:
+        found.append(MeshConfig(data=replicas))
+    if topology.chips % (2 * replicas) == 0:
+        found.append(MeshConfig(data=replicas, tensor=2))
+    return found
+
+
+def recommended(reports: Sequence[Report]) -> Report | None:
+    """The fastest that leaves room; of those within 1% of it, the one that needs least memory."""
+    fitting = [report for report in reports if report.fits]
+    roomy = [r for r in fitting if (r.hbm or 0.0) <= HEADROOM * r.available] or fitting
+    if not roomy:
+        return None
+    fastest = max(report.tokens_per_second or 0.0 for report in roomy)
+    near = [r for r in roomy if (r.tokens_per_second or 0.0) * _WORTH >= fastest]
+    return min(near, key=lambda report: report.hbm or 0.0)

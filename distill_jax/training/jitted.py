@@ -1,0 +1,91 @@
+"""The step as it is jitted: where everything lies, and what it is called with."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from distill_jax import parallel
+from distill_jax.artifacts import InputError
+from distill_jax.training.config import TrainConfig, make_optimizer
+from distill_jax.training.step import LossFn, TrainState, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class JittedStep:
+    """The step that `train` runs; made by `jit_step`.
+
+    Attributes:
+      function: jitted (state, batch) -> (state, metrics); the state that is given is consumed.
+      state: shapes, types and shardings of the state, as ShapeDtypeStructs.
+      rows: the sharding of every leaf of a batch.
+      optimizer: the optimizer, whose state is part of the state.
+    """
+
+    function: Any
+    state: TrainState
+    rows: NamedSharding
+    optimizer: optax.GradientTransformation
+
+
+def jit_step(
+    params: Any, axes: Any, loss_fn: LossFn, config: TrainConfig, mesh: Mesh
+) -> JittedStep:
+    """The step of a run on a mesh; nothing is computed or placed.
+
+    Args:
+      params: float32 parameters, or their ShapeDtypeStructs.
+      axes: their logical axes, in the same tree.
+      loss_fn: (params, batch, step) -> losses.Totals.
+      config: how the run goes.
+      mesh: its devices, which need not be there.
+    """
+    optimizer = make_optimizer(config.optimizer, config.steps, axes)
+    shardings = state_shardings(mesh, axes, params, optimizer)
+    rows = parallel.batch_sharding(mesh)
+    shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer), params)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    step = make_step(
+        loss_fn, optimizer, accumulation=config.accumulation, compute_dtype=config.compute_dtype
+    )
+    function = jax.jit(
+        step,
+        donate_argnums=0,  # the old state's memory holds the new one
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, None),
+    )
+    return JittedStep(function, state, rows, optimizer)
+
+
+def state_shardings(
+    mesh: Mesh, axes: Any, params: Any, optimizer: optax.GradientTransformation
+) -> Any:
+    """A TrainState of shardings: moments live beside their parameters, the rest is whole."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    params_shardings = parallel.shardings(mesh, axes, params)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        params_shardings,
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(params_shardings, opt_state, whole)  # type: ignore[arg-type]
+
+
+def check_rows(config: TrainConfig, mesh: Mesh, name: str) -> None:
+    """Checks that the rows of a microbatch divide over the mesh.
+
+    Raises:
+      InputError: they do not.
+    """
+    row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_rows // config.accumulation % row_shards:
+        raise InputError(
+            f"{name}: batch_rows {config.batch_rows} / accumulation {config.accumulation} is not a "
+            f"multiple of the {row_shards} devices that rows are split over"
+        )

@@ -1,0 +1,67 @@
+"""What the Llama recipes would take on TPU slices, one line each: memory, step, MFU.
+
+    python scripts/compile_table.py [--only 1B 3B] [--small] [--json]
+
+needs the `tpu` extra (libtpu holds the compiler) and no TPU. Nothing is executed: memory is what
+the compiler sets aside and its own peak, time is modelled. A line takes a minute or two unless it
+was compiled before; `--small` compiles the tiny recipe for a v5e:4x4 in less than one.
+"""
+
+import argparse
+import json
+import pathlib
+
+import jax
+import rich.console
+
+from distill_jax import planning
+from distill_jax.parallel import MeshConfig, Topology
+from distill_jax.planning import show
+from distill_jax.planning.compiling import worst
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+IDS_64 = ("targets.schemes.samples.tau=0.0158",)  # at most 64 ids a token and teacher
+REPLICAS = MeshConfig(data=16)
+ROWS = (
+    # name, recipe, overrides, stage, slice, rows a device, mesh
+    ("1B, batch 1", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 1, REPLICAS),
+    ("1B, batch 4", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 4, REPLICAS),
+    ("1B, batch 16", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 16, REPLICAS),
+    ("1B on v5p", "llama3_2_1b", IDS_64, "distill", "v5p:4x4x8", 4, MeshConfig(data=8)),
+    ("1B on v6e", "llama3_2_1b", IDS_64, "distill", "v6e:16x16", 4, REPLICAS),
+    ("3B, batch 1", "llama3_2_3b", IDS_64, "distill", "v5e:16x16", 1, REPLICAS),
+    ("70B's targets", "llama3_2_1b", (), "targets", "v5e:16x16", 1, MeshConfig()),
+    ("8B's cut to 1B", "llama3_2_1b", (), "prune", "v5e:16x16", 1, MeshConfig()),
+    ("1B, sft", "llama3_2_1b", (), "sft", "v5e:16x16", 1, REPLICAS),
+    ("1B, dpo", "llama3_2_1b", (), "dpo", "v5e:16x16", 1, REPLICAS),
+)
+SMALL = (("tiny", "tiny", (), "distill", "v5e:4x4", 1, MeshConfig()),)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[""], help="lines whose name has such a part")
+    parser.add_argument("--small", action="store_true", help="the tiny recipe alone")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each")
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    console = rich.console.Console(quiet=options.json, width=120)
+    reports = []
+    for name, config, overrides, stage, topology, batch, mesh in SMALL if options.small else ROWS:
+        if not any(part in name for part in options.only):
+            continue
+        question = planning.Question(
+            config=str(CONFIGS / f"{config}.py"), overrides=overrides, stage=stage
+        )
+        choice = planning.Choice(batch=batch, mesh=mesh)
+        report = worst(planning.answer(question, choice, Topology.parse(topology)))
+        reports.append(report)
+        if options.json:
+            print(json.dumps({"row": name, **report.line(None)}), flush=True)
+        elif not report.fits:
+            console.print(f"{name}: {report.problem}")
+    console.print(show.show_choices(reports, None, "nothing was executed", None))
+
+
+if __name__ == "__main__":
+    main()

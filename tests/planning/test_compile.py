@@ -1,0 +1,86 @@
+"""The planner with the real compiler, which only some machines have; nothing is executed."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distill_jax import cli, parallel
+from distill_jax.parallel import Topology
+
+libtpu = pytest.importorskip("libtpu", reason="the TPU compiler (libtpu) is not installed")
+pytestmark = pytest.mark.slow
+
+CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "tiny.py")
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISTILL_JAX_CACHE", str(tmp_path / "cache"))
+
+
+def planned(capsys, *options):
+    arguments = ["compile", CONFIG, "--set", "size=test", "--topology", "v5e:4x4", *options]
+    assert cli.main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("stage", ["distill", "targets", "prune", "sft", "dpo"])
+def test_every_stage_compiles(stage, capsys):
+    line = planned(capsys, "--stage", stage, "--batch", "8")
+    assert line["fits"]
+    assert line["hbm_gb"] > 0
+    programs = line.get("reports", [line])
+    for one in programs:
+        assert one["collectives"]
+        # no program can beat the matrix units
+        assert one["step_s"] > one["flops"] / 16 / 197e12
+        assert sum(one["scopes_s"].values()) == pytest.approx(
+            sum(one["step_parts_s"][name] for name in ("compute", "kernels", "collectives"))
+        )
+
+
+def test_what_is_alive_comes_to_the_compilers_own_peak(capsys):
+    """`peak_memory_in_bytes` holds the arguments, and VMEM: HBM must be most of it."""
+    line = planned(capsys, "--batch", "16", "--set", "size=default")
+    arguments = sum(
+        size
+        for name, size in line["hbm_parts_gb"].items()
+        if name in ("parameters", "optimizer", "batch", "padding")
+    )
+    modelled = arguments + sum(line["hbm_alive_gb"].values())
+    assert modelled == pytest.approx(line["hbm_peak_gb"], rel=0.1)
+
+
+def test_an_answer_is_kept(capsys, monkeypatch):
+    first = planned(capsys, "--batch", "1")
+    monkeypatch.setattr("distill_jax.planning.worker.COMMAND", ("false",))
+    assert planned(capsys, "--batch", "1") == first
+
+
+def test_a_mesh_that_does_not_divide_is_refused(capsys):
+    arguments = ["compile", CONFIG, "--topology", "v5e:4x4", "--mesh", "data=3"]
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "data=3, fsdp=-1, tensor=1) does not arrange 16 devices" in said[0]
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_refusals_say_what_there_is(name):
+    """Two results of 40 GB for each GB that a chip has."""
+    topology = Topology.parse(name)
+    mesh = parallel.make_mesh(None, topology.devices())
+    whole = NamedSharding(mesh, P())
+    side = int((topology.chip.hbm * 10) ** 0.5)
+    big = jax.ShapeDtypeStruct((side, side), jnp.float32, sharding=whole)
+    lowered = jax.jit(lambda x: x * 2, out_shardings=whole).lower(big)
+    with pytest.raises(parallel.OutOfMemory) as caught:
+        parallel.compile_lowered(lowered)
+    assert caught.value.available == pytest.approx(topology.chip.hbm)
+    assert caught.value.needed > 8 * topology.chip.hbm

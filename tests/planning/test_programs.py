@@ -1,0 +1,200 @@
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from distill_jax import data, losses, models, parallel, planning, posttraining, teachers, training
+from distill_jax.artifacts import InputError
+from distill_jax.models import presets
+from distill_jax.planning import Choice
+from distill_jax.planning.shapes import known_teachers, student_shape
+from distill_jax.recipe import load_recipe
+from distill_jax.teachers import RandomSampling, Threshold, TopK
+from tests.teachers import known
+
+TINY, ONE_B = "configs/tiny.py", "configs/llama3_2_1b.py"
+TEACHER = models.LlamaConfig(
+    vocab_size=512, embed=8, mlp=8, layers=1, heads=2, kv_heads=1, head_dim=4, tied=True
+)
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe(TINY, ["size=test"])
+
+
+def programs(recipe, stage, **options):
+    choice = options.pop("choice", Choice())
+    return planning.stage_programs(recipe, stage, choice, jax.devices(), **options)
+
+
+def described(tree):
+    return jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
+
+
+@pytest.mark.parametrize("scheme", [TopK(k=4), Threshold(tau=0.2), Threshold(ids=3),
+                                    RandomSampling(draws=6)], ids=repr)  # fmt: skip
+def test_a_blank_row_is_like_a_stores(scheme, tmp_path):
+    corpus = known.make_corpus(3)
+    table = np.random.default_rng(0).normal(size=(known.VOCAB, known.VOCAB)).astype(np.float32)
+    teacher = known.TableTeacher(table)
+    teachers.write_stores(
+        {"s": tmp_path / "s"}, {"s": scheme}, teacher.model, corpus,
+        hidden_states=teacher.hidden_states,
+    )  # fmt: skip
+    store = teachers.open_store(tmp_path / "s")
+    row, blank = store[0]["targets"], teachers.blank_row(scheme, known.TIME, known.VOCAB)
+    assert row.keys() == blank.keys()
+    for name, array in row.items():
+        wide = (*array.shape[:1], scheme.width) if array.ndim == 2 else array.shape
+        assert (blank[name].shape, blank[name].dtype) == (wide, array.dtype), name
+
+
+def test_distill_is_called_with_what_the_data_gives(recipe):
+    """Against batches that the data pipeline makes of stored rows of the same schemes."""
+    (program,) = programs(recipe, "distill", choice=Choice(batch=2))
+    length = recipe.corpus.sequence_length
+    row = {
+        "row_id": 7,
+        "key": "text",
+        "tokens": np.ones(length, np.int32),
+        "segment_ids": np.ones(length, np.int32),
+        "targets": {
+            name: teachers.blank_row(recipe.targets.schemes["samples"], length, 512)
+            for name in ("large", "small")
+        },
+    }
+    batch = next(data.batches([row] * 16, batch_rows=16, seed=0))
+    placed = jax.device_put(batch, program.held["batch"]["tokens"].sharding)
+    assert described(program.held["batch"]) == described(placed)
+    assert program.rows == 16
+    assert program.tokens == 16 * length
+    # 8 steps of 8 rows, whatever the batch is now
+    assert program.total_tokens == 8 * 8 * length
+    shape, _ = student_shape(recipe)
+    assert program.flops == 3 * shape.flops_per_token(length) * 16 * length
+    assert described(program.held["parameters"]) == described(models.abstract_params(shape))
+    state = jax.eval_shape(
+        training.make_optimizer(recipe.distill.train.optimizer, 8, models.logical_axes(shape)).init,
+        models.abstract_params(shape),
+    )
+    assert described(program.held["optimizer"]) == described(state)
+
+
+def test_the_step_that_is_lowered_is_the_one_that_trains(tmp_path):
+    """Trains a step with `training.train`: one more call of what it jits compiles nothing new."""
+    small = TEACHER
+    config = training.TrainConfig(steps=1, batch_rows=8)
+    loss_fn = training.language_model_loss(small, losses.hard_labels(), mesh=None)
+    rows = [{"tokens": np.arange(16, dtype=np.int32), "segment_ids": np.ones(16, np.int32)}] * 8
+    jitted = training.jit_step(
+        models.abstract_params(small), models.logical_axes(small), loss_fn, config,
+        parallel.make_mesh(),
+    )  # fmt: skip
+    batch = next(data.batches(rows, batch_rows=8, seed=0))
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jitted.rows), batch
+    )
+    text = jitted.function.lower(jitted.state, like).as_text()
+    model = models.Model(small, models.init_params(small, jax.random.key(0)))
+    seen = {}
+
+    def spied(params, batch, step):
+        seen["batch"] = described(batch)
+        seen["params"] = described(params)
+        return loss_fn(params, batch, step)
+
+    training.train(model, spied, data.batches(rows, batch_rows=8, seed=0), config, tmp_path)
+    assert seen["batch"] == described(like)
+    assert seen["params"] == described(jitted.state.params)
+    assert "sharding" in text
+
+
+def test_post_training_is_called_with_what_its_rows_hold(recipe):
+    tokens = posttraining.Example([1, 2, 3], [False, True, True])
+    rows = posttraining.pack([tokens], 128)
+    (program,) = programs(recipe, "sft", choice=Choice(batch=1))
+    made = next(data.batches(rows * 8, batch_rows=8, seed=0))
+    assert described(program.held["batch"]) == described(jax.device_put(made))
+
+    config = recipe.posttraining.dpo
+    model = models.Model(TEACHER, models.init_params(TEACHER, jax.random.key(0)))
+    pairs = posttraining.pair_rows([posttraining.Pair([1, 2], [3], [4, 5])], config)
+    rows = posttraining.with_reference(model, pairs, config, pairs_per_batch=1)
+    (program,) = programs(recipe, "dpo", choice=Choice(batch=2))
+    made = next(data.batches(rows * 16, batch_rows=16, seed=0))
+    assert described(program.held["batch"]) == described(jax.device_put(made))
+    assert program.tokens == 16 * 2 * 128
+
+
+@pytest.mark.parametrize("stage", ["distill", "targets", "prune", "sft", "dpo"])
+def test_every_stage_can_be_traced_on_devices_that_are_here(recipe, stage):
+    mesh = parallel.MeshConfig(data=2, fsdp=2, tensor=2)
+    for program in programs(recipe, stage, choice=Choice(batch=1, mesh=mesh)):
+        lowered = program.lower()
+        assert "module" in lowered.as_text()[:20]
+        assert program.flops > 0 or program.name == "prune cut"
+        leaves = jax.tree.leaves(program.held)
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def test_the_recipes_own_choice_is_kept_and_others_are_made(recipe):
+    (program,) = programs(recipe, "distill")
+    assert (program.rows, program.batch, program.remat) == (8, 1, "none")
+    mesh = parallel.MeshConfig(data=2, tensor=2)
+    choice = Choice(batch=3, remat="dots", mesh=mesh)
+    (program,) = programs(recipe, "distill", choice=choice)
+    assert (program.rows, program.batch, program.remat) == (12, 3, "dots")
+    assert dict(program.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert any("a batch has 12 rows, the recipe's 8" in note for note in program.notes)
+
+
+def test_forward_passes_cost_a_third(recipe):
+    (writing,) = programs(recipe, "targets", choice=Choice(batch=2))
+    assert writing.name == "targets large"
+    shape = recipe.teachers["large"].shape
+    length = recipe.corpus.sequence_length
+    assert writing.flops == shape.flops_per_token(length) * 16 * length
+    assert writing.total_tokens == 48 * length
+    (small,) = programs(recipe, "targets", choice=Choice(batch=2), teacher="small")
+    assert small.flops < writing.flops
+
+
+@pytest.mark.parametrize(
+    ("stage", "choice", "message"),
+    [
+        ("distill", Choice(mesh=parallel.MeshConfig(data=3)), "does not arrange 8 devices"),
+        ("distill", Choice(mesh=parallel.MeshConfig(data=16)), "does not arrange 8 devices"),
+        ("targets", Choice(), "targets.write.batch_rows: 12 rows at a time do not divide over 8"),
+    ],
+)
+def test_what_does_not_divide_is_refused(stage, choice, message):
+    changed = load_recipe(TINY, ["size=test", "targets.write.batch_rows=12"])
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        programs(changed, stage, choice=choice)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_wrong_inputs_are_refused(recipe):
+    with pytest.raises(InputError, match="--teacher: 'huge' is none of large, small"):
+        programs(recipe, "targets", teacher="huge")
+    with pytest.raises(InputError, match="posttraining: the recipe has none"):
+        programs(dataclasses.replace(recipe, posttraining=None), "sft")
+
+
+def test_teachers_that_are_not_here_have_the_shape_that_their_names_speak_of(monkeypatch):
+    recipe = load_recipe(ONE_B)
+    assert known_teachers(recipe) == [presets.LLAMA_3_1_8B, presets.LLAMA_3_1_70B]
+    shape, notes = student_shape(recipe)
+    assert shape == presets.LLAMA_3_2_1B
+    assert any("by its name" in note or "speaks of" in note for note in notes)
+    assert presets.by_name("/models/Meta-Llama-3.1-8B-Instruct") is presets.LLAMA_3_1_8B
+    assert presets.by_name("SmolLM2-135M.Q8_0.gguf") is presets.SMOLLM2_135M
+    assert presets.by_name("Llama-2-7b") is None
+    monkeypatch.setitem(
+        recipe.teachers, "8b", type(recipe.teachers["8b"])(source="somewhere/unknown")
+    )
+    with pytest.raises(InputError, match=r"teachers\.8b: somewhere/unknown is not here"):
+        programs(recipe, "prune")
