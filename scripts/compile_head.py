@@ -79,7 +79,7 @@ def compile_head(mesh: Mesh, batch: int, chunk: int | None, kinds: list[str]):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--topology", default="v5e:16x16", help="such as v5p:8x8x4")
+    parser.add_argument("--topology", default="v5e:16x16", help="such as v5p:4x4x8")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share the vocabulary")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="rows a device")
     parser.add_argument("--chunk", type=int, help="tokens at a time; the default one if left out")

@@ -24,12 +24,12 @@ IDS_64 = ("targets.schemes.samples.tau=0.0158",)  # at most 64 ids a token and t
 REPLICAS = MeshConfig(data=16)
 ROWS = (
     # name, recipe, overrides, stage, slice, rows a device, mesh
-    ("1B, batch 1", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 1, REPLICAS),
-    ("1B, batch 4", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 4, REPLICAS),
-    ("1B, batch 16", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 16, REPLICAS),
+    ("1B, one row", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 1, REPLICAS),
+    ("1B, four rows", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 4, REPLICAS),
+    ("1B, 16 rows", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 16, REPLICAS),
     ("1B on v5p", "llama3_2_1b", IDS_64, "distill", "v5p:4x4x8", 4, MeshConfig(data=8)),
     ("1B on v6e", "llama3_2_1b", IDS_64, "distill", "v6e:16x16", 4, REPLICAS),
-    ("3B, batch 1", "llama3_2_3b", IDS_64, "distill", "v5e:16x16", 1, REPLICAS),
+    ("3B, one row", "llama3_2_3b", IDS_64, "distill", "v5e:16x16", 1, REPLICAS),
     ("70B's targets", "llama3_2_1b", (), "targets", "v5e:16x16", 1, MeshConfig()),
     ("8B's cut to 1B", "llama3_2_1b", (), "prune", "v5e:16x16", 1, MeshConfig()),
     ("1B, sft", "llama3_2_1b", (), "sft", "v5e:16x16", 1, REPLICAS),

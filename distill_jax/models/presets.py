@@ -70,8 +70,11 @@ SMOLLM2_135M = LlamaConfig(
 
 
 def by_name(name: str) -> LlamaConfig | None:
-    """The shape that a folder's or file's name speaks of, such as "Llama-3.1-8B-Instruct"."""
-    plain = _plain(name)
+    """The shape that a folder's or file's name speaks of, such as "Llama-3.1-8B-Instruct".
+
+    Of a path its last part is looked at.
+    """
+    plain = _plain(name.rstrip("/").rpartition("/")[2])
     return next((shape for known, shape in _SHAPES.items() if _plain(known) in plain), None)
 
 

@@ -50,7 +50,8 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
       devices: what it is made of, such as those of a `Topology`; None takes all that are here.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices, or cannot lie along the axes
+        of a TPU slice.
     """
     config = config or MeshConfig()
     count = jax.device_count() if devices is None else len(devices)
@@ -64,7 +65,13 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
         )
     auto = (jax.sharding.AxisType.Auto,) * 3
     names = ("data", "fsdp", "tensor")
-    return jax.make_mesh(tuple(sizes), names, axis_types=auto, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes), names, axis_types=auto, devices=devices)
+    except NotImplementedError as error:  # JAX splits an axis of a v5e alone
+        raise InputError(
+            f"a mesh of data {sizes[0]}, fsdp {sizes[1]}, tensor {sizes[2]} does not lie along the "
+            "axes of this slice; let each be a product of some of the slice's sizes"
+        ) from error
 
 
 def shardings(mesh: Mesh, axes: Any, shapes: Any, rules: Mapping[str, str | None] = RULES) -> Any:

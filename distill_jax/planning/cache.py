@@ -16,7 +16,12 @@ from distill_jax.recipe import Recipe, to_json
 from distill_jax.teachers.cache import CACHE
 
 _COMPILERS = ("jax", "jaxlib", "libtpu", "flax", "optax")
-_FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+_FLAGS = (
+    "LIBTPU_INIT_ARGS",
+    "XLA_FLAGS",
+    "JAX_ENABLE_X64",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+)
 
 
 def key(

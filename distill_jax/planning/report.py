@@ -184,20 +184,27 @@ def make_report(program: Program, topology: Topology, compiled: Any) -> Report:
             assumptions=program.notes,
             **shared | {"available": compiled.available},
         )
-    cost = tpu_cost.estimate(
-        compiled,
-        topology.chip,
-        kernel_share=program.kernel_share,
-        parts=PARTS,
-        heaviest=_HEAVIEST,
-    )
-    assert cost.hbm_bytes is not None  # an executable says how much it needs
-    alive = liveness.at_peak(compiled.as_text())
+    stats = compiled.memory_analysis()
+    known = {
+        "fits": True,
+        "hbm": tpu_cost.memory_bytes(stats),
+        "peak": stats.peak_memory_in_bytes,
+        "memory": memory_parts(arguments, stats),
+        **shared,
+    }
+    try:
+        cost = tpu_cost.estimate(
+            compiled,
+            topology.chip,
+            kernel_share=program.kernel_share,
+            parts=PARTS,
+            heaviest=_HEAVIEST,
+        )
+        alive = liveness.at_peak(compiled.as_text())
+    except (LookupError, ValueError) as error:  # another compiler may write what nobody has seen
+        note = f"its time is not modelled, for the compiled text could not be read ({error})"
+        return Report(assumptions=(*program.notes, note), **known)
     return Report(
-        fits=True,
-        hbm=cost.hbm_bytes,
-        peak=cost.peak_bytes,
-        memory=memory_parts(arguments, compiled.memory_analysis()),
         alive=by_part(alive),
         largest=_grouped(alive)[:_HEAVIEST],
         step=cost.seconds,
@@ -206,13 +213,15 @@ def make_report(program: Program, topology: Topology, compiled: Any) -> Report:
         waited=cost.collective_seconds,
         hidden=cost.hidden_seconds,
         unpriced=cost.unpriced_seconds,
-        mfu=program.flops / (cost.seconds * topology.chips * topology.chip.flops),
+        mfu=program.flops / (cost.seconds * topology.chips * topology.chip.flops)
+        if cost.seconds
+        else None,
         collectives={kind: dataclasses.asdict(one) for kind, one in cost.collectives.items()},
         parts={name or "other": seconds for name, seconds in cost.parts.items()},
         heaviest=list(map(_described, cost.heaviest)),
         travels=list(map(_described, cost.largest)),
         assumptions=(*program.notes, *cost.assumptions, *_silent_kernels(cost)),
-        **shared,
+        **known,
     )
 
 

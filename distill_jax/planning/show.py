@@ -101,8 +101,11 @@ def _verdict(report: Report) -> Text:
         return Text(f"nobody knows whether it fits: {report.problem}", style="bold red")
     if not report.fits:
         return Text(f"does not fit: {report.problem}", style="bold red")
-    share = report.hbm / report.available
-    return Text(f"fits: {report.hbm / 1e9:.2f} GB of HBM a chip, {share:.0%}", style="green")
+    share = (report.peak or report.hbm) / report.available
+    return Text(
+        f"fits: {report.hbm / 1e9:.2f} GB of HBM a chip; the peak is {share:.0%} of what there is",
+        style="green",
+    )
 
 
 def _table(*columns: str, left: int = 1) -> rich.table.Table:

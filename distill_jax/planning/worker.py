@@ -16,7 +16,7 @@ from distill_jax.planning.programs import Choice, Program, Stage, stage_programs
 from distill_jax.planning.report import Report, make_report
 from distill_jax.recipe import Recipe, load_recipe
 
-COMMAND = (sys.executable, "-m", "distill_jax.planning.worker")
+COMMAND = (sys.executable, "-c", "from distill_jax.planning import worker; worker.main()")
 """Reads what is asked as JSON and ends with a report as one line of JSON."""
 
 
@@ -100,5 +100,6 @@ def compile_here(asked: dict[str, Any]) -> Report:
     return make_report(program, topology, compiled)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """What `COMMAND` runs."""
     print(json.dumps(compile_here(json.load(sys.stdin)).to_json()))

@@ -11,7 +11,8 @@ from distill_jax.artifacts import InputError
 from distill_jax.parallel import MeshConfig, Topology
 from distill_jax.planning import compiling, show, worker
 from distill_jax.planning.programs import Choice
-from tests.planning.test_compiling import TINY, Machine, a_report
+
+from .test_compiling import TINY, Machine, a_report
 
 CONFIG = str(pathlib.Path(TINY).absolute())
 
@@ -40,7 +41,7 @@ def test_a_report_is_shown_with_everything_it_says():
     text = rendered(show.show_report(report, price=2.0))
     for words in (
         "distill on v5e:4x4, fsdp 16, batch 1 (16 rows), remat none",
-        "fits: 8.00 GB of HBM a chip, 50%",
+        "fits: 8.00 GB of HBM a chip; the peak is 6%",
         "1.250",
         "2.500",
         "0.500  f32[9,9] mlp/dot",

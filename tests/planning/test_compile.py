@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distill_jax import cli, parallel
+from distill_jax.artifacts import InputError
 from distill_jax.parallel import Topology
 
 libtpu = pytest.importorskip("libtpu", reason="the TPU compiler (libtpu) is not installed")
@@ -69,6 +70,12 @@ def test_a_mesh_that_does_not_divide_is_refused(capsys):
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert "data=3, fsdp=-1, tensor=1) does not arrange 16 devices" in said[0]
+
+
+def test_a_mesh_that_splits_an_axis_of_the_slice_is_refused():
+    devices = Topology.parse("v6e:16x16").devices()
+    with pytest.raises(InputError, match="data 16, fsdp 8, tensor 2 does not lie along the axes"):
+        parallel.make_mesh(parallel.MeshConfig(data=16, tensor=2), devices)
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])

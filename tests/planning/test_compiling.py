@@ -1,4 +1,5 @@
 import dataclasses
+import pathlib
 
 import pytest
 
@@ -8,7 +9,7 @@ from distill_jax.parallel import MeshConfig, Topology
 from distill_jax.planning import cache, compiling
 from distill_jax.recipe import load_recipe
 
-TINY = "configs/tiny.py"
+TINY = str(pathlib.Path(__file__).parents[2] / "configs" / "tiny.py")
 V5E = Topology.parse("v5e:4x4")
 
 

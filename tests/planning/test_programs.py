@@ -1,9 +1,11 @@
 import dataclasses
+import pathlib
 import re
 
 import jax
 import numpy as np
 import pytest
+from teachers import known
 
 from distill_jax import data, losses, models, parallel, planning, posttraining, teachers, training
 from distill_jax.artifacts import InputError
@@ -12,9 +14,9 @@ from distill_jax.planning import Choice
 from distill_jax.planning.shapes import known_teachers, student_shape
 from distill_jax.recipe import load_recipe
 from distill_jax.teachers import RandomSampling, Threshold, TopK
-from tests.teachers import known
 
-TINY, ONE_B = "configs/tiny.py", "configs/llama3_2_1b.py"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+TINY, ONE_B = str(CONFIGS / "tiny.py"), str(CONFIGS / "llama3_2_1b.py")
 TEACHER = models.LlamaConfig(
     vocab_size=512, embed=8, mlp=8, layers=1, heads=2, kv_heads=1, head_dim=4, tied=True
 )
@@ -185,6 +187,8 @@ def test_other_wrong_inputs_are_refused(recipe):
 
 
 def test_teachers_that_are_not_here_have_the_shape_that_their_names_speak_of(monkeypatch):
+    for size in ("8B", "70B"):
+        monkeypatch.delenv(f"LLAMA_3_1_{size}", raising=False)
     recipe = load_recipe(ONE_B)
     assert known_teachers(recipe) == [presets.LLAMA_3_1_8B, presets.LLAMA_3_1_70B]
     shape, notes = student_shape(recipe)
@@ -193,6 +197,7 @@ def test_teachers_that_are_not_here_have_the_shape_that_their_names_speak_of(mon
     assert presets.by_name("/models/Meta-Llama-3.1-8B-Instruct") is presets.LLAMA_3_1_8B
     assert presets.by_name("SmolLM2-135M.Q8_0.gguf") is presets.SMOLLM2_135M
     assert presets.by_name("Llama-2-7b") is None
+    assert presets.by_name("runs/llama-3.2-1b/teacher") is None
     monkeypatch.setitem(
         recipe.teachers, "8b", type(recipe.teachers["8b"])(source="somewhere/unknown")
     )

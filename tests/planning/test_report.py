@@ -126,6 +126,16 @@ def test_figures_by_hand():
     assert report.line(None)["dollars"] is None
 
 
+def test_a_text_that_cannot_be_read_leaves_what_the_compiler_says(monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("no such loop")
+
+    monkeypatch.setattr(parallel.tpu_cost, "estimate", fail)
+    report = make_report(a_program(), Topology.parse("v5e:16x16"), compiled())
+    assert (report.fits, report.hbm, report.peak, report.step) == (True, 1350, 1200, None)
+    assert "could not be read (no such loop)" in report.assumptions[-1]
+
+
 def test_without_tokens_there_are_no_days():
     report = make_report(a_program(total_tokens=None), Topology.parse("v5e:16x16"), compiled())
     assert report.days is report.chip_hours is None
