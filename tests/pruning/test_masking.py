@@ -18,15 +18,7 @@ CUTS = {
     "heads": {"kv_heads": 2, "heads": 2},
     "head_dim": {"head_dim": 4},
     "tied": {"embed": 7, "tied": True},
-    "everything": {
-        "layers": 2,
-        "embed": 7,
-        "mlp": 9,
-        "heads": 2,
-        "kv_heads": 2,
-        "head_dim": 4,
-        "tied": True,
-    },
+    "everything": tiny.EVERYTHING,
 }
 
 

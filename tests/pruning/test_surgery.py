@@ -47,15 +47,7 @@ CUTS = {
     "quarter_of_head_dim": {"head_dim": 2},
     "tied": {"tied": True},
     "rope_scaling": {"rope_scaling": models.RopeScaling(factor=32.0, original_context=64)},
-    "everything": {
-        "layers": 2,
-        "embed": 7,
-        "mlp": 9,
-        "heads": 2,
-        "kv_heads": 2,
-        "head_dim": 4,
-        "tied": True,
-    },
+    "everything": tiny.EVERYTHING,
 }
 
 

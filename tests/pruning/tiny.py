@@ -20,6 +20,16 @@ SOURCE = models.LlamaConfig(
     rope_theta=1e4,
     rope_scaling=SCALING,
 )
+EVERYTHING = {
+    "layers": 2,
+    "embed": 7,
+    "mlp": 9,
+    "heads": 2,
+    "kv_heads": 2,
+    "head_dim": 4,
+    "tied": True,
+}
+"""A cut of `SOURCE` along every axis."""
 
 
 def model(config=SOURCE, seed=0, scale=0.2):
