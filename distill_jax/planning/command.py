@@ -117,6 +117,8 @@ def parse_mesh(text: str) -> MeshConfig:
     for name, _ in sizes:
         if name not in known:
             raise InputError(f"--mesh {text}: {name!r} is none of {', '.join(known)}")
+    if len(dict(sizes)) < len(sizes):
+        raise InputError(f"--mesh {text}: an axis is there twice")
     return MeshConfig(**{name: int(size) for name, size in sizes})
 
 

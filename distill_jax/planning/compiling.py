@@ -118,13 +118,15 @@ def sweep(
       question: what is planned.
       topology: on what.
       batches: rows at a time on each device, rising; empty: powers of two.
-      remats: empty: all, if there is a backward pass.
+      remats: empty: all. Without a backward pass they are not looked at.
       meshes: empty: `usual_meshes`.
 
     Raises:
       InputError: none of them can run.
     """
-    remats = remats or (typing.get_args(Remat) if question.trains else ("none",))
+    if not question.trains:
+        remats = (None,)  # there is nothing to be computed again
+    remats = remats or typing.get_args(Remat)
     pairs = [(mesh, remat) for mesh in meshes or usual_meshes(topology) for remat in remats]
     reports, errors = [], []
     with progress.bar("sweep", len(pairs), unit="meshes and remats") as bar:

@@ -93,7 +93,10 @@ def test_meshes_are_read(text, expected):
     assert planning.parse_mesh(text) == expected
 
 
-@pytest.mark.parametrize("text", ["16x16", "data:4", "data=4;fsdp=2", "data=", "model=4", ""])
+BAD_MESHES = ["16x16", "data:4", "data=4;fsdp=2", "data=", "model=4", "data=2,data=4", ""]
+
+
+@pytest.mark.parametrize("text", BAD_MESHES)
 def test_other_meshes_are_refused(text):
     with pytest.raises(InputError, match="--mesh"):
         planning.parse_mesh(text)

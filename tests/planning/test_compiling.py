@@ -128,6 +128,12 @@ def test_a_sweep_stops_where_it_does_not_fit_or_gains_nothing(monkeypatch, quest
     assert (best.remat, best.batch) == ("full", 4)
 
 
+def test_a_sweep_without_a_backward_pass_asks_for_no_remat(machine, question):
+    writing = dataclasses.replace(question, stage="targets")
+    reports = planning.sweep(writing, V5E, batches=[1], remats=["dots", "full"], meshes=[None])
+    assert [(report.remat, report.batch) for report in reports] == [("none", 1)]
+
+
 def test_a_sweep_in_which_nothing_can_run_says_why(machine, question):
     with pytest.raises(InputError, match="does not arrange"):
         planning.sweep(question, V5E, meshes=[MeshConfig(data=3)])
