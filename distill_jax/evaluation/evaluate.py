@@ -170,7 +170,7 @@ def _batches(
 
     With a mesh a batch is as many rows as its devices share evenly.
     """
-    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = 1 if mesh is None else parallel.row_shards(mesh)
     full = -(-batch_rows // devices) * devices
     for start in range(0, len(records), full):
         rows = [records[i] for i in range(start, min(start + full, len(records)))]

@@ -20,7 +20,7 @@ from distill_jax.losses.ensembles import (
     mixture,
 )
 from distill_jax.losses.features import hidden_cosine, hidden_mse
-from distill_jax.losses.fused import fused_linear, sharded_fused_linear
+from distill_jax.losses.fused import fused_linear
 from distill_jax.losses.labels import cross_entropy, token_log_probs
 from distill_jax.losses.objectives import (
     Objective,
@@ -42,6 +42,7 @@ from distill_jax.losses.policy import (
 )
 from distill_jax.losses.preference import dpo, ipo, robust_dpo, sequence_nll, sum_log_probs
 from distill_jax.losses.reduction import Totals, reduce
+from distill_jax.losses.sharded import fused_linear_of_shares, sharded_fused_linear
 from distill_jax.losses.targets import SampledTargets, Teacher, TopKTargets
 
 DIVERGENCES = {
@@ -81,6 +82,7 @@ __all__ = [
     "dpo",
     "forward_kl",
     "fused_linear",
+    "fused_linear_of_shares",
     "gkd",
     "hard_labels",
     "hidden_cosine",

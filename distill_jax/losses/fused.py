@@ -5,13 +5,11 @@ Hsu et al. 2024), so that no logits are made twice and none are kept.
 """
 
 import functools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from distill_jax.losses import chunks as walk
@@ -74,109 +72,39 @@ def fused_linear(
         JAX's own), or a second one.
     """
     order = "vd" if transposed else "dv"
-    rows = _rows(order, hidden_ND, unembedding, targets, where)
-    layout = _Layout(_chunk_size(chunk, *hidden_ND.shape), order)
+    rows = rows_of(order, hidden_ND, unembedding, targets, where)
+    layout = Layout(chunk_size(chunk, *hidden_ND.shape), order)
     arrays = _match_varying((hidden_ND, unembedding, rows, step))
-    return _first_reverse_only(_fused)(objective, layout, *arrays)
+    return first_reverse_only(fused)(objective, layout, *arrays)
 
 
-def sharded_fused_linear(
-    objective: Objective,
-    hidden_ND: jax.Array,
-    unembedding: jax.Array,
-    targets: Mapping[str, Any],
-    where: jax.Array | None = None,
-    *,
-    transposed: bool = False,
-    mesh: Mesh,
-    tokens: str | Sequence[str] = ("data", "fsdp"),
-    embed: str | None = "fsdp",
-    vocabulary: str | None = "tensor",
-    step: jax.Array | int | None = None,
-    chunk: int | None = None,
-) -> Totals:
-    """`fused_linear` on a mesh: tokens, channels and vocabulary of the head stay split.
-
-    Every device takes its own tokens in chunks of its own. The unembedding is gathered over `embed`
-    once, in the hidden state's dtype; its gradient adds up in float32 and is reduced once, in
-    float32, back to where its parameters live. The vocabulary stays split throughout (Megatron-LM,
-    Shoeybi et al. 2019, section 3): a device holds [chunk, V / shards] logits, sums over the
-    vocabulary become sums of [chunk] over devices, and ids are looked up where they live. The
-    compiler derives that from what an objective does; one that needs the vocabulary whole, to sort
-    it for instance, works too and pays for the gathering. No objective of this package does.
-
-    Args:
-      objective: as in `fused_linear`.
-      hidden_ND: [N, D], N divisible by the devices of `tokens`.
-      unembedding: [D, V], D divisible by the devices of `embed`. Its dtype may be wider than the
-        hidden state's; its gradient then is so too.
-      targets: as in `fused_linear`.
-      where: as in `fused_linear`.
-      transposed: as in `fused_linear`.
-      mesh: the mesh, of `Auto` axes; those that are not named below must not split the arrays.
-      tokens: mesh axes over which tokens are split.
-      embed: the mesh axis, among `tokens`, over which the unembedding's D is split; None: whole.
-      vocabulary: the mesh axis over which its V is split; None: whole.
-      step: as in `fused_linear`.
-      chunk: a device's tokens at a time; `default_chunk` of a device's tokens if left out.
-
-    Returns:
-      Totals over all tokens, the same on every device.
-
-    Raises:
-      ValueError: shapes that do not fit, or axes that the mesh does not have.
-      TypeError: a forward-mode or a second derivative was asked for.
-    """
-    tokens = (tokens,) if isinstance(tokens, str) else tuple(tokens)
-    _check_axes(mesh, tokens, embed, vocabulary)
-    order = "vd" if transposed else "dv"
-    rows = _rows(order, hidden_ND, unembedding, targets, where)
-    shards = math.prod(mesh.shape[axis] for axis in tokens)
-    _check_divides("tokens", hidden_ND.shape[0], shards)
-    _check_divides("embed", hidden_ND.shape[1], mesh.shape.get(embed, 1))
-    _check_divides("vocabulary", unembedding.shape[order.index("v")], mesh.shape.get(vocabulary, 1))
-    size = _chunk_size(chunk, hidden_ND.shape[0] // shards, hidden_ND.shape[1])
-    split = vocabulary if mesh.shape.get(vocabulary, 1) > 1 else None
-    layout = _Layout(size, order, tokens, embed, split)
-
-    def local(hidden_ND, unembedding, rows, step):
-        return _fused(objective, layout, hidden_ND, unembedding, rows, step)
-
-    sharded = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(P(tokens), layout.spec(d=embed), P(tokens), P()),
-        out_specs=P(),
-        axis_names=frozenset(tokens),
-    )
-    # Jitted, because axes that the compiler splits are unknown outside of it.
-    return _first_reverse_only(jax.jit(sharded))(hidden_ND, unembedding, rows, step)
-
-
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """How the work is cut.
 
     Attributes:
       chunk: tokens at a time.
       order: the unembedding's axes, "dv" or "vd".
       tokens: axes of `shard_map` over which the totals are summed.
-      embed: the axis over which the unembedding is gathered.
+      embed: those over which the unembedding is gathered, the outermost first.
       vocabulary: the axis over which the compiler splits the vocabulary.
+      within: whether the `shard_map` is the caller's, who adds up the totals; it checks nothing.
     """
 
     chunk: int
     order: str
     tokens: tuple[str, ...] = ()
-    embed: str | None = None
+    embed: tuple[str, ...] = ()
     vocabulary: str | None = None
+    within: bool = False
 
-    def spec(self, **axes: str | None) -> P:
+    def spec(self, **axes: str | tuple[str, ...] | None) -> P:
         """Mesh axes given for "d" and "v" in the unembedding's order."""
         return P(*(axes.get(letter) for letter in self.order))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused(objective, layout, hidden_ND, unembedding, rows, step) -> Totals:
+def fused(objective, layout, hidden_ND, unembedding, rows, step) -> Totals:
+    """The totals of `rows_of` some tokens, with derivatives; what `fused_linear` does, laid out."""
     unembedding = _gather(layout, unembedding, hidden_ND.dtype)
     hidden_ND, unembedding = _same_dtype(hidden_ND, unembedding)
     chunks = walk.Chunks((hidden_ND, rows), layout.chunk)
@@ -195,7 +123,7 @@ def _fused_forward(objective, layout, hidden_ND, unembedding, rows, step):
     hidden_ND, unembedding = _same_dtype(hidden_ND, unembedding)
     chunks = walk.Chunks((hidden_ND, rows), layout.chunk)
     # Elsewhere the compiler may have spread the tokens.
-    local = layout.vocabulary is None and bool(_varying(hidden_ND))
+    local = layout.vocabulary is None and bool(layout.tokens or _varying(hidden_ND))
 
     def body(unembedding_bar, index):
         chunk_ND, chunk_rows = chunks.take(index)
@@ -230,30 +158,35 @@ def _fused_backward(objective, layout, residuals, totals_bar):
     )
 
 
-_fused.defvjp(_fused_forward, _fused_backward)
+fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _gather(layout, unembedding, dtype):
     if not layout.tokens:
         return unembedding
-    low = _vary(unembedding.astype(dtype), frozenset(layout.tokens))
-    if layout.embed is None:
-        return low
     axis = layout.order.index("d")
-    return _in_shards(
-        layout, lambda low: jax.lax.all_gather(low, layout.embed, axis=axis, tiled=True)
-    )(low)
+
+    def gather(low):
+        first = jnp.moveaxis(low, axis, 0)  # where shares lie one after the other
+        for name in reversed(layout.embed):
+            first = jax.lax.all_gather(first, name, tiled=True)
+        return jnp.moveaxis(first, 0, axis)
+
+    return _in_shards(layout, gather)(_vary(unembedding.astype(dtype), frozenset(layout.tokens)))
 
 
 def _scatter(layout, unembedding_bar):
     if not layout.tokens:
         return unembedding_bar
     axis = layout.order.index("d")
-    others = tuple(name for name in layout.tokens if name != layout.embed)
+    others = tuple(name for name in layout.tokens if name not in layout.embed)
 
     def reduce_to_owner(bar):
-        if layout.embed is not None:
-            bar = jax.lax.psum_scatter(bar, layout.embed, scatter_dimension=axis, tiled=True)
+        first = jnp.moveaxis(bar, axis, 0)
+        # One after the other: over several axes at once a TPU sums everything everywhere.
+        for name in layout.embed:
+            first = jax.lax.psum_scatter(first, name, tiled=True)
+        bar = jnp.moveaxis(first, 0, axis)
         return jax.lax.psum(bar, others) if others else bar
 
     return _in_shards(layout, reduce_to_owner)(unembedding_bar)
@@ -264,12 +197,18 @@ def _in_shards(layout, collective):
     if layout.vocabulary is None:
         return collective
     spec = layout.spec(v=layout.vocabulary)
-    return jax.shard_map(collective, in_specs=spec, out_specs=spec, axis_names={layout.vocabulary})
+    return jax.shard_map(
+        collective,
+        in_specs=spec,
+        out_specs=spec,
+        axis_names={layout.vocabulary},
+        check_vma=not layout.within,
+    )
 
 
 def _add_up(layout, totals: Totals) -> Totals:
     totals = walk.add_up(totals)
-    return jax.lax.psum(totals, layout.tokens) if layout.tokens else totals
+    return jax.lax.psum(totals, layout.tokens) if layout.tokens and not layout.within else totals
 
 
 def _same_dtype(*arrays: jax.Array) -> list[jax.Array]:
@@ -292,7 +231,7 @@ def _refuse(primals, tangents):
     )
 
 
-def _first_reverse_only(function):
+def first_reverse_only(function):
     """Says what to do where JAX only says that it cannot."""
 
     @functools.wraps(function)
@@ -311,7 +250,8 @@ def _first_reverse_only(function):
     return call
 
 
-def _chunk_size(chunk: int | None, tokens: int, embed: int) -> int:
+def chunk_size(chunk: int | None, tokens: int, embed: int) -> int:
+    """The chunk that was asked for, or the default, but no more than the tokens."""
     if chunk is None:
         return walk.default_chunk(tokens, embed)
     if chunk < 1:
@@ -319,32 +259,11 @@ def _chunk_size(chunk: int | None, tokens: int, embed: int) -> int:
     return min(chunk, max(tokens, 1))
 
 
-def _check_axes(
-    mesh: Mesh, tokens: tuple[str, ...], embed: str | None, vocabulary: str | None
-) -> None:
-    unknown = [a for a in (*tokens, embed, vocabulary) if a and a not in mesh.axis_names]
-    if unknown or (embed and embed not in tokens) or vocabulary in tokens:
-        raise ValueError(
-            f"tokens {tokens}, embed {embed!r}, vocabulary {vocabulary!r} do not fit a mesh with "
-            f"axes {mesh.axis_names}; embed must be among tokens, vocabulary must not"
-        )
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        raise ValueError(
-            "sharded_fused_linear needs a mesh of Auto axes: "
-            "jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))"
-        )
-
-
-def _check_divides(name: str, size: int, shards: int) -> None:
-    if size % shards:
-        raise ValueError(f"{name}: {size} do not divide over {shards} devices")
-
-
-def _rows(order, hidden_ND, unembedding, targets, where) -> dict[str, Any]:
-    """What travels with the tokens, once it is known to fit."""
+def rows_of(order, hidden_ND, unembedding, targets, where, parts: int = 1) -> dict[str, Any]:
+    """What travels with the tokens, once it is known to fit one of the unembedding's `parts`."""
     where = jnp.ones(hidden_ND.shape[:1]) if where is None else jnp.asarray(where, jnp.float32)
     rows = {"where": where, "targets": dict(targets)}
-    _check_shapes(order, hidden_ND, unembedding, rows)
+    _check_shapes(order, hidden_ND, unembedding, rows, parts)
     return rows
 
 
@@ -368,7 +287,9 @@ def _vary(array: jax.Array, axes: frozenset) -> jax.Array:
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
-def _check_shapes(order: str, hidden_ND: jax.Array, unembedding: jax.Array, rows: dict) -> None:
+def _check_shapes(
+    order: str, hidden_ND: jax.Array, unembedding: jax.Array, rows: dict, parts: int
+) -> None:
     if hidden_ND.ndim != 2 or unembedding.ndim != 2:
         raise ValueError(
             f"hidden and unembedding must be [N, D] and [{', '.join(order.upper())}], "
@@ -376,7 +297,7 @@ def _check_shapes(order: str, hidden_ND: jax.Array, unembedding: jax.Array, rows
         )
     if not hidden_ND.shape[0]:
         raise ValueError(f"hidden {hidden_ND.shape} has no tokens")
-    if hidden_ND.shape[1] != unembedding.shape[order.index("d")]:
+    if hidden_ND.shape[1] != parts * unembedding.shape[order.index("d")]:
         raise ValueError(f"hidden {hidden_ND.shape} does not fit unembedding {unembedding.shape}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(rows):
         if jnp.shape(leaf)[:1] != hidden_ND.shape[:1]:

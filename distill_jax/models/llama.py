@@ -16,17 +16,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
+from distill_jax.models.attention import ATTENDED, Attend, segment_attention
 from distill_jax.models.config import LlamaConfig, RopeScaling
 
 Params = dict[str, Any]
 """Nested dict of arrays, as `init_params` makes it."""
 
-Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
-"""(query_BTHC, key_BTKC, value_BTKC, cache of this layer) -> (heads_BTHC, cache of this layer)."""
-
-Remat = Literal["none", "full", "dots"]
-"""What the backward pass recomputes of a layer: nothing, all, or all but matrix products."""
+Remat = Literal["none", "dots", "attention", "full"]
+"""What the backward pass recomputes of a layer: nothing, all but matrix products and what attention
+gives, all but the latter, all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,41 @@ class Model:
     params: Params
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the network comes by its parameters, for devices that hold shares of them.
+
+    Attributes:
+      lookup: (embedding_VD, tokens_BT) -> x_BTD.
+      layer: of one layer's parameters, as stored, those that are computed with. What it gives is
+        not kept for the backward pass.
+      norm: of the final norm's weights those that are computed with.
+      unembedding: of all parameters the matrix [D, V] that turns hidden states into logits.
+    """
+
+    lookup: Callable[[Array, Array], Array] = lambda table_VD, tokens_BT: table_VD[tokens_BT]
+    layer: Callable[[Params], Params] | None = None
+    norm: Callable[[Array], Array] = lambda weight_D: weight_D
+    unembedding: Callable[[Params], Array] = lambda params: unembedding(params)
+
+    @classmethod
+    def of(cls, shares: Any) -> "Reading":
+        """How devices read that hold `parallel.Shares` of the parameters."""
+
+        def whole(params: Params) -> Array:
+            name = "unembedding" if "unembedding" in params else "embedding"
+            return unembedding({name: shares.whole(name)(params[name])})
+
+        return cls(
+            lookup=shares.lookup("embedding"),
+            layer=shares.whole("layers"),
+            norm=shares.whole("final_norm"),
+            unembedding=whole,
+        )
+
+
 _INIT_SCALE = 0.02
+_AS_READ = "as_read"
 
 
 def rms_norm(x: Array, weight_D: Array, eps: float) -> Array:
@@ -86,18 +120,6 @@ def segment_positions(segment_ids_BT: Array) -> Array:
     starts = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     starts = jnp.pad(starts, ((0, 0), (1, 0)), constant_values=True)
     return time - jax.lax.cummax(jnp.where(starts, time, 0), axis=1)
-
-
-def segment_attention(segment_ids_BT: Array) -> Attend:
-    """Causal attention that stays inside a segment; uses no cache."""
-    time = segment_ids_BT.shape[1]
-    same = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-    mask_B1TT = same & jnp.tri(time, dtype=bool)
-
-    def attend(query: Array, key: Array, value: Array, cache: Any) -> tuple[Array, Any]:
-        return jax.nn.dot_product_attention(query, key, value, mask=mask_B1TT), cache
-
-    return attend
 
 
 def _param(
@@ -226,6 +248,7 @@ class Llama(nnx.Module):
         *,
         remat: Remat = "none",
         observe: Callable[[dict[str, Array]], Any] | None = None,
+        reading: Reading = Reading(),
     ) -> tuple[Array, Any, Any]:
         """Final hidden states [B, T, D], the new cache, and what `observe` made of each layer."""
         block, stacked = nnx.split(self.layers)
@@ -233,16 +256,31 @@ class Llama(nnx.Module):
 
         def step(x: Array, layer: tuple[nnx.State, Any]) -> tuple[Array, tuple[Any, Any]]:
             weights, layer_cache = layer
+            if reading.layer is not None:
+                read = reading.layer(nnx.to_pure_dict(weights))
+                nnx.replace_by_pure_dict(weights, checkpoint_name(read, _AS_READ))
             x, layer_cache, activations = nnx.merge(block, weights)(x, angles, attend, layer_cache)
             return x, (layer_cache, observe(activations) if observe else None)
 
-        if remat != "none":
-            dots = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
-            step = jax.checkpoint(step, policy=dots if remat == "dots" else None)
+        if remat != "none" or reading.layer is not None:
+            step = jax.checkpoint(step, policy=_KEPT[remat])
         with jax.named_scope("embedding"):
-            x = self.embedding[...][tokens_BT]
+            x = reading.lookup(self.embedding[...], tokens_BT)
         x, (cache, observed) = jax.lax.scan(step, x, (stacked, cache))
-        return rms_norm(x, self.final_norm[...], self.config.norm_eps), cache, observed
+        norm_D = reading.norm(self.final_norm[...])
+        return rms_norm(x, norm_D, self.config.norm_eps), cache, observed
+
+
+_ATTENDED = jax.checkpoint_policies.save_only_these_names(ATTENDED)
+_KEPT: dict[Remat, Any] = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(_AS_READ),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, _ATTENDED
+    ),
+    "attention": _ATTENDED,
+    "full": None,
+}
+"""What of a layer is kept for the backward pass."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -293,6 +331,7 @@ def hidden_states(
     *,
     remat: Remat = "none",
     observe: Callable[[dict[str, Array]], Any] | None = None,
+    reading: Reading = Reading(),
 ) -> Any:
     """Final hidden states [B, T, D], after the last norm.
 
@@ -302,11 +341,11 @@ def hidden_states(
       tokens_BT: token ids.
       segment_ids_BT: which packed document a token belongs to; 0 marks padding. Attention stays
         inside a segment and positions restart with it. None: each row is one document.
-      remat: what the backward pass recomputes: "none", "full" (everything inside a layer), or
-        "dots" (everything but matrix products).
+      remat: what the backward pass recomputes: a `Remat`.
       observe: a function of one layer's activations, a dict of residual_in [B,T,D],
         attention_input [B,T,D], heads [B,T,H,C], mlp_input [B,T,D], neurons [B,T,F] and
         residual_out [B,T,D].
+      reading: how devices that hold shares of the parameters come by what they compute with.
 
     Returns:
       hidden_BTD; with `observe`, (hidden_BTD, its results stacked over layers).
@@ -319,6 +358,7 @@ def hidden_states(
         segment_attention(segment_ids_BT),
         remat=remat,
         observe=observe,
+        reading=reading,
     )
     return (hidden, observed) if observe else hidden
 

@@ -3,11 +3,13 @@
 from distill_jax.parallel.ahead_of_time import OutOfMemory, compile_lowered
 from distill_jax.parallel.local import LocalProcesses, start_local
 from distill_jax.parallel.mesh import (
-    ROW_AXES,
     RULES,
     MeshConfig,
     batch_sharding,
     make_mesh,
+    mesh_sizes,
+    row_axes,
+    row_shards,
     shardings,
 )
 from distill_jax.parallel.processes import (
@@ -22,11 +24,11 @@ from distill_jax.parallel.processes import (
     together,
 )
 from distill_jax.parallel.rows import RowShare, row_share
+from distill_jax.parallel.shares import Shares, over_rows
 from distill_jax.parallel.topology import CHIPS, Chip, Topology
 
 __all__ = [
     "CHIPS",
-    "ROW_AXES",
     "RULES",
     "Chip",
     "LocalProcesses",
@@ -34,6 +36,7 @@ __all__ = [
     "OutOfMemory",
     "ProcessError",
     "RowShare",
+    "Shares",
     "Topology",
     "barrier",
     "batch_sharding",
@@ -43,7 +46,11 @@ __all__ = [
     "index",
     "is_main",
     "make_mesh",
+    "mesh_sizes",
     "on_main",
+    "over_rows",
+    "row_axes",
+    "row_shards",
     "row_share",
     "shardings",
     "start",

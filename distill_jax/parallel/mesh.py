@@ -10,20 +10,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax.artifacts import InputError
 
-RULES: Mapping[str, str | None] = {
-    "layers": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "mlp": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
+Rules = Mapping[str, tuple[str, ...]]
+"""Logical axis -> the mesh axes over which it is split, the outermost first; none: it stays whole
+on every device."""
+
+RULES: Rules = {
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp", "fsdp_minor"),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
 }
-"""Logical axis -> mesh axis; None keeps the axis whole on every device."""
 
-
-ROW_AXES = ("data", "fsdp")
-"""Mesh axes over which a batch's rows are split."""
+ROW_AXES = ("data", "fsdp", "fsdp_minor")
+"""Mesh axes over which a batch's rows are split, where a mesh has them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,15 +37,19 @@ class MeshConfig:
       fsdp: devices over which one replica's parameters and rows are split; -1 takes all that the
         other two leave.
       tensor: devices over which heads, neurons and vocabulary are split.
+      fsdp_minor: of the devices of `fsdp`, how many lie along a second axis of the mesh; a sum that
+        is split over two axes of a slice in turn moves half of what it does over both at once. None
+        takes the slice's own last axis.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    fsdp_minor: int | None = None
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with axes "data", "fsdp" and "tensor".
+    """A mesh with axes "data", "fsdp", "fsdp_minor" and "tensor".
 
     Args:
       config: its sizes.
@@ -54,50 +60,94 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
         of a TPU slice.
     """
     config = config or MeshConfig()
-    count = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) == 1 and 0 not in sizes:
-        sizes[sizes.index(-1)] = max(count // math.prod(size for size in sizes if size != -1), 1)
-    if any(size < 1 for size in sizes) or math.prod(sizes) != count:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(len(devices) // rest, 1)
+    data, fsdp, tensor = sizes
+    minor = _minor(fsdp, devices) if config.fsdp_minor is None else config.fsdp_minor
+    if any(size < 1 for size in (*sizes, minor)) or math.prod(sizes) != len(devices):
         raise InputError(
             f"MeshConfig(data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}) "
-            f"does not arrange {count} devices"
+            f"does not arrange {len(devices)} devices"
         )
-    auto = (jax.sharding.AxisType.Auto,) * 3
-    names = ("data", "fsdp", "tensor")
+    if fsdp % minor:
+        raise InputError(f"MeshConfig: fsdp_minor={minor} does not divide fsdp={fsdp}")
+    auto = (jax.sharding.AxisType.Auto,) * 4
+    names = ("data", "fsdp", "fsdp_minor", "tensor")
+    shape = (data, fsdp // minor, minor, tensor)
     try:
-        return jax.make_mesh(tuple(sizes), names, axis_types=auto, devices=devices)
+        return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
     except NotImplementedError as error:  # JAX splits an axis of a v5e alone
         raise InputError(
-            f"a mesh of data {sizes[0]}, fsdp {sizes[1]}, tensor {sizes[2]} does not lie along the "
-            "axes of this slice; let each be a product of some of the slice's sizes"
+            f"a mesh of data {data}, fsdp {fsdp} with {minor} along a second axis, tensor {tensor} "
+            "does not lie along the axes of this slice; let each be a product of some of the "
+            "slice's sizes"
         ) from error
 
 
-def shardings(mesh: Mesh, axes: Any, shapes: Any, rules: Mapping[str, str | None] = RULES) -> Any:
+def _minor(fsdp: int, devices: Sequence[Any]) -> int:
+    """How long the last axis of the slice is, if it is part of what `fsdp` devices can form."""
+    places = [getattr(device, "coords", None) for device in devices]
+    if fsdp < 1 or None in places:
+        return 1
+    lengths = [len(set(along)) for along in zip(*places, strict=True)]
+    last = next((length for length in reversed(lengths) if length > 1), 1)
+    return last if fsdp % last == 0 and fsdp > last else 1
+
+
+def mesh_sizes(mesh: Mesh) -> dict[str, int]:
+    """The fields of the MeshConfig that makes such a mesh of as many devices."""
+    sizes = dict(mesh.shape)
+    return sizes | {"fsdp": sizes["fsdp"] * sizes["fsdp_minor"]}
+
+
+def row_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of a mesh over which a batch's rows are split."""
+    return tuple(name for name in ROW_AXES if name in mesh.shape)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch's rows are split."""
+    return math.prod(mesh.shape[name] for name in row_axes(mesh))
+
+
+def shardings(mesh: Mesh, axes: Any, shapes: Any, rules: Rules = RULES) -> Any:
     """A tree of NamedShardings for a tree of arrays.
 
-    An axis whose length the mesh axis does not divide stays whole, as three KV heads on two
-    devices must.
+    An axis is split over as many of its mesh axes, from the first on, as divide its length: three
+    KV heads stay whole on two devices.
 
     Args:
       mesh: where the arrays live.
       axes: tree of tuples of logical axis names.
       shapes: the same tree with arrays or ShapeDtypeStructs.
-      rules: logical axis -> mesh axis.
+      rules: logical axis -> mesh axes.
     """
 
     def one(array: Any, names: tuple[str, ...]) -> NamedSharding:
-        spec = []
-        for size, name in zip(array.shape, names, strict=True):
-            mesh_axis = rules[name]
-            divides = mesh_axis is not None and size % mesh.shape[mesh_axis] == 0
-            spec.append(mesh_axis if divides else None)
+        spec = [
+            _dividing(mesh, size, rules[name])
+            for size, name in zip(array.shape, names, strict=True)
+        ]
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(one, shapes, axes)
 
 
+def _dividing(mesh: Mesh, size: int, names: tuple[str, ...]) -> tuple[str, ...] | str | None:
+    """The longest beginning of `names` that divides `size`, without axes of one device."""
+    taken: tuple[str, ...] = ()
+    for name in names:
+        shards = mesh.shape.get(name, 1)
+        size, rest = divmod(size, shards)
+        if rest:
+            break
+        taken += (name,) if shards > 1 else ()
+    return taken if len(taken) > 1 else taken[0] if taken else None
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over "data" and "fsdp"; everything else of a batch whole."""
-    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+    """Rows split over `row_axes`; everything else of a batch whole."""
+    return NamedSharding(mesh, PartitionSpec(row_axes(mesh)))

@@ -233,13 +233,20 @@ def _kernel_flops(op: hlo.Op, around: hlo.Computation) -> float:
         return stated
     found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", op.scope)
     types = [around[name].type for name in op.operands if name in around]
-    arrays = (re.match(r"(?:bf16|f32)\[(\d+(?:,\d+){2,})\]", type_) for type_ in types)
-    query = next(filter(None, arrays), None)
-    if not (found and query):
+    query = next(filter(None, map(_array, types)), None)
+    results = [array for array in map(_array, hlo.leaves(op.type)) if array]
+    if not (found and query and results):
         return 0.0
-    sizes = [int(size) for size in query[1].split(",")]
-    products = {"fwd": 2, "dq": 3, "dkv": 4}[found[1]]
-    return products * 2 * math.prod(sizes) * sizes[-2] / 2
+    # Queries' gradients are then there too, for each block of keys.
+    fused = any(len(array) > len(query) for array in results)
+    products = {"fwd": 2, "dq": 3, "dkv": 5 if fused else 4}[found[1]]
+    time = max(results, key=len)[-2]  # queries and keys may come transposed
+    return products * 2 * math.prod(query) * time / 2
+
+
+def _array(type_: str) -> list[int] | None:
+    found = re.match(r"(?:bf16|f32)\[(\d+(?:,\d+){2,})\]", type_)
+    return [int(size) for size in found[1].split(",")] if found else None
 
 
 def _flights(program: hlo.Program, order: Sequence[Any], work: Sequence[_Work]) -> dict[int, float]:

@@ -6,7 +6,6 @@ and the shapes of a batch from the code that makes batches.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -159,7 +158,7 @@ def _dpo(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
     shape, notes = student_shape(recipe)
     (record,) = posttraining.pair_rows([posttraining.Pair([0], [1], [2])], config.dpo)
     record |= {"reference_log_probs": np.zeros(2, np.float32)}
-    loss_fn = stages_of_posttraining.dpo_loss(config, shape)
+    loss_fn = stages_of_posttraining.dpo_loss(config, shape, mesh)
     length = config.dpo.sequence_length
     program = _training("dpo", shape, loss_fn, record, train, mesh, context=length)
     return [_finished(program, recipe_config.dpo_train, (*notes, "a row holds two answers"))]
@@ -187,7 +186,7 @@ def _training(
         held={"parameters": state.params, "optimizer": state.opt_state, "batch": batch},
         mesh=mesh,
         rows=train.batch_rows,
-        batch=train.batch_rows // train.accumulation // _shards(mesh),
+        batch=train.batch_rows // train.accumulation // parallel.row_shards(mesh),
         remat=train.remat,
         tokens=tokens,
         flops=3 * shape.flops_per_token(context) * tokens,
@@ -241,7 +240,7 @@ def _targets(recipe: Recipe, choice: Choice, mesh: Mesh, *, teacher: str | None)
             held={"parameters": params, "batch": batch},
             mesh=mesh,
             rows=rows,
-            batch=rows // _shards(mesh),
+            batch=rows // parallel.row_shards(mesh),
             tokens=rows * length,
             flops=shape.flops_per_token(length) * rows * length,
             kernel_share=_kernel_share(shape),
@@ -269,7 +268,7 @@ def _prune(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
     shared: Any = {
         "mesh": mesh,
         "rows": rows,
-        "batch": rows // _shards(mesh),
+        "batch": rows // parallel.row_shards(mesh),
         "kernel_share": _kernel_share(source),
     }
     programs = []
@@ -331,7 +330,7 @@ def _chosen(
 
 def _rows(own: int, choice: Choice, mesh: Mesh, field: str) -> int:
     """Rows at a time of all devices."""
-    shards = _shards(mesh)
+    shards = parallel.row_shards(mesh)
     if choice.batch is not None:
         return choice.batch * shards
     if own % shards:
@@ -340,10 +339,6 @@ def _rows(own: int, choice: Choice, mesh: Mesh, field: str) -> int:
             f"mesh, or try --batch 1, which is {shards} rows"
         )
     return own
-
-
-def _shards(mesh: Mesh) -> int:
-    return math.prod(mesh.shape[axis] for axis in parallel.ROW_AXES)
 
 
 def _corpus_row(length: int) -> dict[str, Any]:

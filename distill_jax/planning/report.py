@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from distill_jax.parallel import OutOfMemory, Topology, liveness, tpu_cost
+from distill_jax.parallel import OutOfMemory, Topology, liveness, mesh_sizes, tpu_cost
 from distill_jax.planning.programs import PARTS, Program
 
 HARDWARE = (
@@ -251,7 +251,7 @@ def _shared(program: Program, topology: Topology) -> dict[str, Any]:
     return {
         "program": program.name,
         "topology": str(topology),
-        "mesh": dict(program.mesh.shape),
+        "mesh": mesh_sizes(program.mesh),
         "chips": topology.chips,
         "batch": program.batch,
         "rows": program.rows,

@@ -13,17 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
-from distill_jax import losses, progress
+from distill_jax import losses, parallel, progress
 from distill_jax.artifacts import InputError
 from distill_jax.data import Tokenizer
-from distill_jax.models import LlamaConfig, Model
+from distill_jax.models import LlamaConfig, Model, Reading
 from distill_jax.models.llama import Remat
 from distill_jax.posttraining.chat import Example, Message, encode_prompt
 from distill_jax.posttraining.log_probs import sequence_log_probs
 from distill_jax.posttraining.rejection import encode_record
 from distill_jax.posttraining.rows import Record, to_record
-from distill_jax.training import LossFn
+from distill_jax.training import LossFn, loss_of_rows
 
 _ROW = ("tokens", "segment_ids", "labels", "where")
 
@@ -156,7 +157,12 @@ def with_reference(
 
 
 def dpo_loss(
-    model: LlamaConfig, config: DpoConfig = DpoConfig(), *, remat: Remat = "none"
+    model: LlamaConfig,
+    config: DpoConfig = DpoConfig(),
+    *,
+    remat: Remat = "none",
+    compute_dtype: str = "float32",
+    mesh: Mesh | None = None,
 ) -> LossFn:
     """The loss of `training.train` over batches of `with_reference`'s rows.
 
@@ -164,13 +170,16 @@ def dpo_loss(
     -log sigmoid(beta (log pi(c) / ref(c) - log pi(r) / ref(r))) - nll_weight log pi(c) / |c|.
 
     Terms: those of `losses.dpo`, "dpo", "nll", "chosen_log_prob" and "rejected_log_prob", the last
-    two sums over an answer. `remat` is what the backward pass
-    recomputes: "none", "dots" or "full".
+    two sums over an answer. `remat`, `compute_dtype` and `mesh` are those of
+    `training.language_model_loss`.
     """
 
-    def loss_fn(params: Any, batch: Mapping[str, Any], step: Array) -> losses.Totals:
+    def totals(
+        params: Any, batch: Mapping[str, Any], step: Array, shares: parallel.Shares | None
+    ) -> losses.Totals:
         del step
-        log_probs_B2 = _pair_log_probs(model, params, batch, config, remat)
+        reading = Reading() if shares is None else Reading.of(shares)
+        log_probs_B2 = _pair_log_probs(model, params, batch, config, remat, reading)
         reference_B2 = batch["reference_log_probs"]
         chosen_B, rejected_B = log_probs_B2[:, 0], log_probs_B2[:, 1]
         dpo_B, terms = losses.dpo(
@@ -186,7 +195,7 @@ def dpo_loss(
         }
         return losses.reduce(dpo_B + config.nll_weight * nll_B, terms)
 
-    return loss_fn
+    return loss_of_rows(model, totals, compute_dtype=compute_dtype, mesh=mesh)
 
 
 def _pair_log_probs(
@@ -195,8 +204,11 @@ def _pair_log_probs(
     batch: Mapping[str, Any],
     config: DpoConfig,
     remat: Remat = "none",
+    reading: Reading = Reading(),
 ) -> Array:
     """[B, 2]: log-probability of the chosen and of the rejected answer of each pair."""
     flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in _ROW}
-    log_probs = sequence_log_probs(model, params, flat, chunk=config.chunk, remat=remat)
+    log_probs = sequence_log_probs(
+        model, params, flat, chunk=config.chunk, remat=remat, reading=reading
+    )
     return log_probs.reshape(-1, 2)

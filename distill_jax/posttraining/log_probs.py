@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from distill_jax import losses
-from distill_jax.models import LlamaConfig, hidden_states, unembedding
+from distill_jax.models import LlamaConfig, Reading, hidden_states
 from distill_jax.models.llama import Remat
 
 
@@ -48,6 +48,7 @@ def sequence_log_probs(
     *,
     chunk: int = 1024,
     remat: Remat = "none",
+    reading: Reading = Reading(),
 ) -> Array:
     """Sum of log p(label) over the tokens of each row where `row["where"]`, [B] float32.
 
@@ -57,12 +58,15 @@ def sequence_log_probs(
       row: "tokens", "segment_ids", "labels" and "where", each [B, T].
       chunk: tokens whose logits are held at a time.
       remat: what the backward pass recomputes inside a layer.
+      reading: how devices that hold shares of the parameters come by what they compute with.
     """
-    hidden_BTD = hidden_states(config, params, row["tokens"], row["segment_ids"], remat=remat)
+    hidden_BTD = hidden_states(
+        config, params, row["tokens"], row["segment_ids"], remat=remat, reading=reading
+    )
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     with jax.named_scope("head"):
         log_probs_N = label_log_probs(
-            hidden_ND, unembedding(params), row["labels"].reshape(-1), chunk=chunk
+            hidden_ND, reading.unembedding(params), row["labels"].reshape(-1), chunk=chunk
         )
     log_probs_BT = log_probs_N.reshape(row["labels"].shape)
     return jnp.sum(jnp.where(row["where"], log_probs_BT, 0.0), axis=-1)

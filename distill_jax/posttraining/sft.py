@@ -68,12 +68,14 @@ def sft_loss(
     config: SftConfig = SftConfig(),
     *,
     remat: Remat = "none",
+    compute_dtype: str = "float32",
     mesh: Mesh | None = None,
 ) -> LossFn:
     """The loss of `training.train` over batches of `sft_rows`; a token is its unit of weight.
 
-    `remat` is what the backward pass recomputes: "none", "dots" or "full"; `mesh` is where `train`
-    runs.
+    `remat`, `compute_dtype` and `mesh` are those of `training.language_model_loss`.
     """
     objective = losses.hard_labels(z_loss=config.z_loss)
-    return language_model_loss(model, objective, remat=remat, mesh=mesh)
+    return language_model_loss(
+        model, objective, remat=remat, compute_dtype=compute_dtype, mesh=mesh
+    )

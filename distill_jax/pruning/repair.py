@@ -41,7 +41,7 @@ _NORMED = ("attention_input", "mlp_input")
 """Activations that come straight out of a norm."""
 
 _MATRIX_AXES = ("layers", "rows", "columns")
-_MATRIX_RULES = {"layers": None, "rows": "fsdp", "columns": "tensor"}
+_MATRIX_RULES = {"layers": (), "rows": ("fsdp", "fsdp_minor"), "columns": ("tensor",)}
 
 
 def grams(

@@ -89,9 +89,7 @@ def _rejection(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[
             "before, draw more samples, or lower posttraining.rejection.threshold"
         )
     rows = _fine_tuning_rows(run, config, examples)
-    loss_fn = posttraining.sft_loss(
-        model.config, config.sft, remat=config.rejection_train.remat, mesh=run.mesh
-    )
+    loss_fn = _sft_loss(config, model.config, run.mesh, config.rejection_train)
     return {**figures, **_train(run, place, model, loss_fn, rows, config.rejection_train)}
 
 
@@ -106,15 +104,29 @@ def _dpo(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, A
         )
     rows = posttraining.pair_rows(pairs, config.dpo, pad_id=run.tokenizer.pad_id)
     rows = posttraining.with_reference(model, rows, config.dpo)
-    loss_fn = dpo_loss(config, model.config)
+    loss_fn = dpo_loss(config, model.config, run.mesh)
     return _train(run, place, model, loss_fn, rows, config.dpo_train)
 
 
 def sft_loss(config: PostTrainingConfig, shape: models.LlamaConfig, mesh: Mesh) -> training.LossFn:
     """The loss of the stage sft, for a model of this shape on a mesh."""
-    return posttraining.sft_loss(shape, config.sft, remat=config.sft_train.remat, mesh=mesh)
+    return _sft_loss(config, shape, mesh, config.sft_train)
 
 
-def dpo_loss(config: PostTrainingConfig, shape: models.LlamaConfig) -> training.LossFn:
-    """The loss of the stage dpo, for a model of this shape."""
-    return posttraining.dpo_loss(shape, config.dpo, remat=config.dpo_train.remat)
+def _sft_loss(
+    config: PostTrainingConfig,
+    shape: models.LlamaConfig,
+    mesh: Mesh,
+    train: training.TrainConfig,
+) -> training.LossFn:
+    return posttraining.sft_loss(
+        shape, config.sft, remat=train.remat, compute_dtype=train.compute_dtype, mesh=mesh
+    )
+
+
+def dpo_loss(config: PostTrainingConfig, shape: models.LlamaConfig, mesh: Mesh) -> training.LossFn:
+    """The loss of the stage dpo, for a model of this shape on a mesh."""
+    train = config.dpo_train
+    return posttraining.dpo_loss(
+        shape, config.dpo, remat=train.remat, compute_dtype=train.compute_dtype, mesh=mesh
+    )

@@ -87,7 +87,7 @@ def _check_objective(recipe: Recipe, field: str, vocab_size: int) -> None:
 def _check_rows(recipe: Recipe) -> None:
     """There must be rows for a batch, and it must divide over the devices."""
     mesh = parallel.make_mesh(recipe.mesh)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = parallel.row_shards(mesh)
     runs = {f"teachers.{name}.train": t.train for name, t in recipe.teachers.items() if t.train}
     runs |= {f"{field}.train": distill.train for field, distill in recipe.trainings.items()}
     available = recipe.corpus.train_rows

@@ -122,7 +122,7 @@ def _cross_entropy(run: Run, seed: int, place: epath.Path) -> dict[str, Any]:
     train = dataclasses.replace(run.recipe.distill.train, seed=seed)
     objective = losses.weighted_sum(hard=(1.0, losses.hard_labels()))
     loss_fn = training.language_model_loss(
-        model.config, objective, remat=train.remat, mesh=run.mesh
+        model.config, objective, remat=train.remat, compute_dtype=train.compute_dtype, mesh=run.mesh
     )
     return run.train(place, model, loss_fn, run.corpus("train"), train)
 
@@ -182,6 +182,7 @@ def distill_loss(
         shape,
         distill.objective(temperature),
         remat=distill.train.remat,
+        compute_dtype=distill.train.compute_dtype,
         teacher_targets=teacher_targets,
         mesh=mesh,
     )

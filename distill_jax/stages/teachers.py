@@ -70,6 +70,7 @@ def _make_teacher(run: Run, config: TeacherConfig, place: epath.Path) -> dict[st
         model.config,
         losses.weighted_sum(hard=(1.0, losses.hard_labels())),
         remat=config.train.remat,
+        compute_dtype=config.train.compute_dtype,
         mesh=run.mesh,
     )
     return figures | run.train(place, model, loss_fn, run.corpus("train"), config.train)

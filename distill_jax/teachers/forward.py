@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,18 +40,74 @@ def ask_teacher(
 ) -> tuple[dict[str, jax.Array], ...]:
     """One forward pass of a teacher, and what every scheme keeps of it.
 
-    Logits exist for `chunk_tokens` tokens at a time. `labels_BT` are those of `labels`, `seeds`,
-    uint32 [B, 2], those of `sampling.row_seeds`.
+    Logits exist for `chunk_tokens` tokens at a time. With a `sharding` of rows every device works
+    on rows of its own and makes a layer's parameters whole when it needs them. `labels_BT` are
+    those of `labels`, `seeds`, uint32 [B, 2], those of `sampling.row_seeds`.
 
     Returns:
       Each scheme's arrays, [B, T] or [B, T, width].
     """
-    hidden_BTD = hidden_states(config, params, tokens_BT, segment_ids_BT)
-    unembedding_DV = models.unembedding(params)
+    ask = functools.partial(
+        _ask,
+        config=config,
+        encode=functools.partial(_encode, schemes, temperature),
+        chunk_tokens=chunk_tokens,
+        hidden_states=hidden_states,
+    )
+    batch = (tokens_BT, segment_ids_BT, labels_BT, seeds)
+    if sharding is None:
+        return ask(params, *batch)
+    mesh: Any = sharding.mesh
+    rows = P(*sharding.spec)
+    names = models.logical_axes(config)
+    dtype = str(jax.tree.leaves(params)[0].dtype)
+    shares = parallel.Shares(mesh, names, models.abstract_params(config), dtype)
+    specs: Any = shares.specs
+    if hidden_states is models.hidden_states:
+        ask = functools.partial(ask, reading=models.Reading.of(shares))
+    else:
+        specs = P()  # what reads them otherwise gets them whole
+    split = shares.split_of("embedding" if config.tied else "unembedding")
+    (vocabulary,) = split[0 if config.tied else 1] or (None,)
+    return jax.shard_map(
+        functools.partial(ask, vocabulary=vocabulary),
+        mesh=mesh,
+        in_specs=(specs, rows, rows, rows, rows),
+        out_specs=rows,
+        axis_names=frozenset(shares.rows),
+        check_vma=False,
+    )(params, *batch)
+
+
+def _ask(
+    params: models.Params,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    labels_BT: jax.Array,
+    seeds: jax.Array,
+    *,
+    config: models.LlamaConfig,
+    encode: Callable[..., tuple[dict[str, jax.Array], ...]],
+    chunk_tokens: int,
+    hidden_states: HiddenStates,
+    reading: models.Reading | None = None,
+    vocabulary: str | None = None,
+) -> tuple[dict[str, jax.Array], ...]:
+    """`ask_teacher` of one device's rows."""
+    how = {} if reading is None else {"reading": reading}
+    hidden_BTD = hidden_states(config, params, tokens_BT, segment_ids_BT, **how)
+    unembedding_DV = (reading or models.Reading()).unembedding(params)
     batch, time = tokens_BT.shape
-    # Chunks cut time, not rows, so that rows spread over devices stay spread.
     step = _largest_divisor(time, max(1, chunk_tokens // batch))
-    encode = _encoder(schemes, temperature, sharding, unembedding_DV.shape[-1])
+    if vocabulary is not None:
+        # Left to the compiler, logits that are split over the vocabulary would be gathered.
+        encode = jax.shard_map(
+            functools.partial(encode, axis=vocabulary),
+            in_specs=(P(None, None, vocabulary), P(), P(), P()),
+            out_specs=P(),
+            axis_names={vocabulary},
+            check_vma=False,
+        )
 
     def encode_chunk(chunk: tuple[jax.Array, ...]) -> tuple[dict[str, jax.Array], ...]:
         hidden, labels, positions = chunk
@@ -65,11 +122,7 @@ def ask_teacher(
     positions = jnp.arange(time).reshape(-1, step)
     with jax.named_scope("head"):
         encoded = jax.lax.map(encode_chunk, (chunks(hidden_BTD), chunks(labels_BT), positions))
-    encoded = jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, time, *x.shape[3:]), encoded
-    )
-    # Each process reads the rows that it fed.
-    return encoded if sharding is None else jax.lax.with_sharding_constraint(encoded, sharding)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, time, *x.shape[3:]), encoded)
 
 
 def labels(tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
@@ -78,36 +131,24 @@ def labels(tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
     return np.where(where, following, -1)
 
 
-def _encoder(
-    schemes: tuple[Scheme, ...], temperature: float, sharding: NamedSharding | None, vocab: int
-) -> Callable[..., tuple[dict[str, jax.Array], ...]]:
-    """(logits_BTV, labels_BT, seeds, positions_T) -> every scheme's arrays, [B, T, ...]."""
-
-    def encode(
-        logits_BTV: jax.Array, labels_BT: jax.Array, seeds: jax.Array, positions_T: jax.Array
-    ) -> tuple[dict[str, jax.Array], ...]:
-        logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
-        keys_N = jax.vmap(sampling.token_keys, (0, None))(seeds, positions_T).reshape(-1)
-        encoded = tuple(
-            scheme.encode(logits_NV, labels_BT.reshape(-1), keys_N, temperature, axis)
-            for scheme in schemes
-        )
-        return jax.tree.map(lambda x: x.reshape(*labels_BT.shape, *x.shape[1:]), encoded)
-
-    axis = None
-    if sharding is None:
-        return encode
-    tensor = parallel.RULES["vocab"]
-    shards = sharding.mesh.shape.get(tensor, 1)
-    # Left to the compiler, logits that are split over the vocabulary would be gathered.
-    axis = tensor if shards > 1 and vocab % shards == 0 else None
-    rows = P(*sharding.spec)
-    return jax.shard_map(
-        encode,
-        mesh=sharding.mesh,
-        in_specs=(P(*rows, None, axis), rows, rows, P()),
-        out_specs=rows,
+def _encode(
+    schemes: tuple[Scheme, ...],
+    temperature: float,
+    logits_BTV: jax.Array,
+    labels_BT: jax.Array,
+    seeds: jax.Array,
+    positions_T: jax.Array,
+    *,
+    axis: str | None = None,
+) -> tuple[dict[str, jax.Array], ...]:
+    """Every scheme's arrays, [B, T, ...]; `axis` is the one over which the vocabulary is split."""
+    logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
+    keys_N = jax.vmap(sampling.token_keys, (0, None))(seeds, positions_T).reshape(-1)
+    encoded = tuple(
+        scheme.encode(logits_NV, labels_BT.reshape(-1), keys_N, temperature, axis)
+        for scheme in schemes
     )
+    return jax.tree.map(lambda x: x.reshape(*labels_BT.shape, *x.shape[1:]), encoded)
 
 
 def _largest_divisor(number: int, at_most: int) -> int:

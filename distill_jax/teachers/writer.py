@@ -43,7 +43,7 @@ class WriteConfig:
     Attributes:
       batch_rows: rows in one forward pass of all devices.
       rows_per_shard: rows in one shard, the unit of restart.
-      chunk_tokens: tokens whose logits exist at a time.
+      chunk_tokens: tokens whose logits exist at a time, on each device.
     """
 
     batch_rows: int = 8

@@ -2,7 +2,7 @@
 
 from distill_jax.training.config import OptimizerConfig, TrainConfig, learning_rate, make_optimizer
 from distill_jax.training.jitted import JittedStep, check_rows, jit_step, state_shardings
-from distill_jax.training.language_model import language_model_loss
+from distill_jax.training.language_model import language_model_loss, loss_of_rows
 from distill_jax.training.loop import train
 from distill_jax.training.metrics import MetricsWriter, read_metrics
 from distill_jax.training.step import LossFn, TrainState, make_step, sum_gradients
@@ -18,6 +18,7 @@ __all__ = [
     "jit_step",
     "language_model_loss",
     "learning_rate",
+    "loss_of_rows",
     "make_optimizer",
     "make_step",
     "read_metrics",

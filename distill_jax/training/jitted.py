@@ -49,9 +49,7 @@ def jit_step(
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
-    step = make_step(
-        loss_fn, optimizer, accumulation=config.accumulation, compute_dtype=config.compute_dtype
-    )
+    step = make_step(loss_fn, optimizer, accumulation=config.accumulation)
     function = jax.jit(
         step,
         donate_argnums=0,  # the old state's memory holds the new one
@@ -83,7 +81,7 @@ def check_rows(config: TrainConfig, mesh: Mesh, name: str) -> None:
     Raises:
       InputError: they do not.
     """
-    row_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    row_shards = parallel.row_shards(mesh)
     if config.batch_rows // config.accumulation % row_shards:
         raise InputError(
             f"{name}: batch_rows {config.batch_rows} / accumulation {config.accumulation} is not a "

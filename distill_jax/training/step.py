@@ -57,7 +57,7 @@ def sum_gradients(
             return totals.loss, totals
 
         grads, totals = jax.grad(loss, has_aux=True)(params)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), totals
+        return grads, totals
 
     if parts == 1:
         return gradients(batch)
@@ -76,7 +76,6 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulation: int = 1,
-    compute_dtype: str = "float32",
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """The function that a run jits: (state, batch) -> (state, metrics).
 
@@ -85,8 +84,7 @@ def make_step(
     """
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        low = jax.tree.map(lambda p: p.astype(compute_dtype), state.params)
-        grads, totals = sum_gradients(loss_fn, low, batch, state.step, accumulation)
+        grads, totals = sum_gradients(loss_fn, state.params, batch, state.step, accumulation)
         weight = jnp.maximum(totals.weight, jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: g / weight, grads)
         with jax.named_scope("optimizer"):

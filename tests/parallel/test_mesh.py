@@ -1,3 +1,6 @@
+import itertools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -5,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
+from distill_jax.parallel import mesh as mesh_module
 
 CONFIG = models.LlamaConfig(
     vocab_size=64, embed=16, mlp=32, layers=3, heads=4, kv_heads=1, head_dim=8, tied=True
@@ -33,6 +37,34 @@ def test_sharded_logits_equal_one_device():
     actual = jax.jit(lambda p, t: models.logits(CONFIG, p, t))(placed, rows)
     assert len(actual.sharding.device_set) == 8
     assert jnp.allclose(actual, expected, atol=1e-5)
+
+
+class Chip(NamedTuple):
+    """A device of a slice, as far as its place matters."""
+
+    coords: tuple[int, ...]
+
+
+@pytest.mark.parametrize(
+    ("slice_", "fsdp", "minor"),
+    [((16, 16, 1), 256, 16), ((4, 4, 8), 128, 8), ((16, 16, 1), 16, 1), ((8, 1, 1), 8, 1)],
+)
+def test_what_fsdp_splits_lies_along_two_axes_of_a_slice(slice_, fsdp, minor):
+    chips = [Chip(place) for place in itertools.product(*map(range, slice_))]
+    assert mesh_module._minor(fsdp, chips) == minor
+
+
+def test_a_second_axis_of_fsdp():
+    mesh = parallel.make_mesh(parallel.MeshConfig(fsdp=4, fsdp_minor=2, tensor=2))
+    assert tuple(mesh.shape.values()) == (1, 2, 2, 2)
+    assert parallel.mesh_sizes(mesh) == {"data": 1, "fsdp": 4, "fsdp_minor": 2, "tensor": 2}
+    assert parallel.row_shards(mesh) == 4
+    odd = {"even": ("embed",), "odd": ("embed",)}
+    sizes = {"even": jax.ShapeDtypeStruct((8,), "float32"), "odd": jax.ShapeDtypeStruct((6,), "i4")}
+    found = jax.tree.map(lambda s: s.spec, parallel.shardings(mesh, odd, sizes))
+    assert found == {"even": P(("fsdp", "fsdp_minor")), "odd": P("fsdp")}
+    with pytest.raises(InputError, match="fsdp_minor=3 does not divide fsdp=8"):
+        parallel.make_mesh(parallel.MeshConfig(fsdp_minor=3))
 
 
 @pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (-1, -1, 1), (16, -1, 1)])

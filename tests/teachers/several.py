@@ -60,7 +60,7 @@ def write(directory, kind="rows", corpus=CORPUS, **options):
         models.Model(MODEL, params),
         corpus,
         config=CONFIG,
-        sharding=NamedSharding(mesh, PartitionSpec(parallel.ROW_AXES)),
+        sharding=NamedSharding(mesh, PartitionSpec(parallel.row_axes(mesh))),
         **options,
     )
 

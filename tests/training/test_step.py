@@ -96,15 +96,6 @@ def test_a_batch_without_weight_changes_no_gradient():
     np.testing.assert_array_equal(state.params["weight"], params["weight"])
 
 
-def test_bfloat16_compute_keeps_float32_parameters():
-    state, metrics = run_steps(3, OptimizerConfig(), compute_dtype="bfloat16")
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
-    exact, exact_metrics = run_steps(3, OptimizerConfig())
-    assert metrics[0]["loss"] == pytest.approx(float(exact_metrics[0]["loss"]), rel=0.03)
-    assert metrics[0]["loss"] != exact_metrics[0]["loss"]
-    np.testing.assert_allclose(state.params["weight"], exact.params["weight"], atol=0.02)
-
-
 @pytest.mark.slow
 def test_optimizer_equals_pytorch():
     torch = pytest.importorskip("torch")

@@ -1,0 +1,217 @@
+"""Parameters of which every device holds a share, and computations that make them whole.
+
+Left to itself the compiler sums many gradients over all devices in the type of the computation and
+throws most of each sum away. Here every device works on its own rows, makes a layer's parameters
+whole when it needs them (ZeRO stage 3, Rajbhandari et al. 2020; FSDP, Zhao et al. 2023), and a
+gradient is summed once, in float32, straight into the shares: a reduce-scatter along each mesh axis
+in turn, since along several axes at once a TPU sums everything everywhere.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from distill_jax.parallel.mesh import row_axes, shardings
+
+Spec = tuple[tuple[str, ...], ...]
+"""The mesh axes over which each axis of an array is split, the outermost first."""
+
+
+class Shares:
+    """How parameters lie on a mesh, and how they are made whole inside of `over_rows`.
+
+    Attributes:
+      mesh: the mesh.
+      rows: the mesh axes over which rows are split.
+      specs: the parameters' tree of PartitionSpecs, with those axes alone.
+    """
+
+    def __init__(self, mesh: Mesh, axes: Any, shapes: Any, dtype: str):
+        """See the class.
+
+        Args:
+          mesh: the mesh.
+          axes: tree of tuples of logical axis names.
+          shapes: the same tree with arrays or ShapeDtypeStructs.
+          dtype: what whole parameters are cast to before they travel.
+        """
+        self.mesh, self.rows = mesh, row_axes(mesh)
+        self._dtype = dtype
+        self._splits = jax.tree.map(lambda s: _split_axes(s.spec), shardings(mesh, axes, shapes))
+        self.specs = jax.tree.map(
+            lambda split: PartitionSpec(*(_among(names, self.rows) or None for names in split)),
+            self._splits,
+            is_leaf=_is_split,
+        )
+
+    def whole(self, *path: str) -> Callable[[Any], Any]:
+        """A function that makes the parameters at a path whole, in the dtype of the computation.
+
+        Its derivative sums in float32 over all rows. The leading axes of stacked parameters may be
+        gone, and must not be split.
+        """
+        splits = self._splits
+        for name in path:
+            splits = splits[name]
+
+        def gather(tree: Any) -> Any:
+            return jax.tree.map(
+                lambda leaf, split: self._gather(leaf, split[len(split) - leaf.ndim :]),
+                tree,
+                splits,
+            )
+
+        return gather
+
+    def lookup(self, name: str) -> Callable[[Array, Array], Array]:
+        """A function (table_VD, tokens) -> rows [..., D] of a table that is split along D.
+
+        Tokens travel to the shares of D and rows come back, far less than the table would be.
+        """
+        vocabulary, embed = self._splits[name]
+
+        def look_up(table: Array, tokens: Array) -> Array:
+            outer, inner = embed[:1], embed[1:]
+            table = _gather(
+                table, (vocabulary, inner), "float32", tuple(n for n in self.rows if n not in outer)
+            )
+            ids = tokens.reshape(-1)
+            for axis in outer:
+                ids = jax.lax.all_gather(ids, axis, tiled=True)
+            rows = table[ids].astype(self._dtype)
+            for axis in outer:
+                rows = jax.lax.all_to_all(rows, axis, split_axis=0, concat_axis=1, tiled=True)
+            return rows.reshape(*tokens.shape, -1)
+
+        return look_up
+
+    def _gather(self, share: Array, split: Spec) -> Array:
+        return _gather(share, split, self._dtype, self.rows)
+
+    def split_of(self, name: str) -> Spec:
+        """The mesh axes, those beside rows included, over which a parameter's axes are split."""
+        return self._splits[name]
+
+
+def over_rows(function: Callable[..., Any], shares: Shares) -> Callable[..., Any]:
+    """`function(params, rows, step)` of every device's share of the parameters and its rows.
+
+    Args:
+      function: what to compute of a device's rows, a tree of sums with a scalar `loss`.
+      shares: how the parameters lie; their tree is the first argument.
+
+    Returns:
+      A function of global arrays that gives the sums over all rows. With respect to the parameters
+      the derivative of `loss` is taken together with the value, if it is asked for.
+    """
+    rows = PartitionSpec(shares.rows)
+
+    def run(inner: Callable[..., Any], out: Any) -> Callable[..., Any]:
+        return jax.shard_map(
+            inner,
+            mesh=shares.mesh,
+            in_specs=(shares.specs, rows, PartitionSpec()),
+            out_specs=out,
+            axis_names=frozenset(shares.rows),
+            # What is summed where is said in so many words, and kernels do not say what varies.
+            check_vma=False,
+        )
+
+    def with_gradient(params: Any, batch: Any, step: Array) -> Any:
+        def loss(params: Any) -> tuple[Array, Any]:
+            totals = function(params, batch, step)
+            return totals.loss, totals
+
+        (_, totals), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return jax.lax.psum(totals, shares.rows), gradient
+
+    def without(*arguments: Any) -> Any:
+        return jax.lax.psum(function(*arguments), shares.rows)
+
+    @jax.custom_vjp
+    def call(params: Any, batch: Any, step: Array) -> Any:
+        return run(without, PartitionSpec())(params, batch, step)
+
+    def forward(params: Any, batch: Any, step: Array) -> Any:
+        return run(with_gradient, (PartitionSpec(), shares.specs))(params, batch, step)
+
+    def backward(gradient: Any, bar: Any) -> Any:
+        return jax.tree.map(lambda g: (g * bar.loss).astype(g.dtype), gradient), None, None
+
+    call.defvjp(forward, backward)
+    return call
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(share: Array, split: Spec, dtype: str, rows: tuple[str, ...]) -> Array:
+    """The whole of a share; its derivative is summed over the axes `rows`, in float32."""
+
+    def gather(share: Array) -> Array:
+        # Along the first axis shares lie one after the other; along others they are interleaved.
+        for axis, names in enumerate(split):
+            first = jnp.moveaxis(share, axis, 0)
+            for name in reversed(_among(names, rows)):
+                first = jax.lax.all_gather(first, name, tiled=True)
+            share = jnp.moveaxis(first, 0, axis)
+        return share
+
+    return _on_shards(split, rows, gather)(share.astype(dtype))
+
+
+def _gather_forward(share: Array, split: Spec, dtype: str, rows: tuple[str, ...]) -> Any:
+    return _gather(share, split, dtype, rows), jnp.zeros((), share.dtype)
+
+
+def _gather_backward(
+    split: Spec, dtype: str, rows: tuple[str, ...], like: Array, bar: Array
+) -> tuple[Array]:
+    del dtype
+
+    def reduce(bar: Array) -> Array:
+        for axis, names in enumerate(split):
+            first = jnp.moveaxis(bar, axis, 0)
+            for name in _among(names, rows):
+                first = jax.lax.psum_scatter(first, name, tiled=True)
+            bar = jnp.moveaxis(first, 0, axis)
+        used = {name for names in split for name in names}
+        rest = tuple(name for name in rows if name not in used)
+        return jax.lax.psum(bar, rest) if rest else bar
+
+    return (_on_shards(split, rows, reduce)(bar.astype(jnp.float32)).astype(like.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _on_shards(
+    split: Spec, rows: tuple[str, ...], collective: Callable[[Array], Array]
+) -> Callable[[Array], Array]:
+    """A collective on shards of other axes: left alone, the compiler gathers those around it."""
+    others = tuple(tuple(name for name in names if name not in rows) or None for names in split)
+    axes = frozenset(name for names in others if names for name in names)
+    if not axes:
+        return collective
+    spec = PartitionSpec(*others)
+    return jax.shard_map(
+        collective, in_specs=spec, out_specs=spec, axis_names=axes, check_vma=False
+    )
+
+
+def _split_axes(spec: PartitionSpec) -> Spec:
+    return tuple(
+        () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        for entry in spec
+    )
+
+
+def _among(names: tuple[str, ...], chosen: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name in chosen)
+
+
+def _is_split(value: Any) -> bool:
+    return isinstance(value, tuple)

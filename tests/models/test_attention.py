@@ -1,0 +1,84 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from distill_jax.models import attention
+
+B, T, H, K, C = 2, 256, 4, 2, 16
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    shapes = {"query": (B, T, H, C), "key": (B, T, K, C), "value": (B, T, K, C)}
+    return [rng.standard_normal(shape, np.float32) for shape in shapes.values()]
+
+
+def segments():
+    """Documents that end inside of and between the kernel's blocks, and padding."""
+    ids = np.ones((B, T), np.int32)
+    ids[0, 100:] = 2
+    ids[1, 128:] = 2
+    ids[1, 200:] = 0
+    return ids
+
+
+def by_hand(query, key, value, segment_ids):
+    """Softmax attention in float64, head by head."""
+    out = np.zeros(query.shape)
+    before = np.tri(T, dtype=bool)
+    for row in range(B):
+        same = segment_ids[row][:, None] == segment_ids[row][None]
+        for head in range(H):
+            k, v = (x[row, :, head // (H // K)].astype(np.float64) for x in (key, value))
+            scores = query[row, :, head].astype(np.float64) @ k.T / np.sqrt(C)
+            scores = np.where(before & same, scores, -np.inf)
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            out[row, :, head] = weights / weights.sum(axis=-1, keepdims=True) @ v
+    return out
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU's kernel, run by an interpreter."""
+    monkeypatch.setattr(attention, "_kernels", lambda: True)
+    kernel = functools.partial(splash_attention.make_splash_mha, interpret=True)
+    monkeypatch.setattr(attention.splash, "make_splash_mha", kernel)
+
+
+def attended(query, key, value):
+    return attention.segment_attention(jnp.asarray(segments()))(query, key, value, None)[0]
+
+
+def slopes(query, key, value):
+    weights = np.random.default_rng(1).standard_normal(query.shape, np.float32)
+    total = lambda *inputs: jnp.sum(weights * attended(*inputs))  # noqa: E731
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(query, key, value)
+
+
+def test_attention_by_hand():
+    expected = by_hand(*arrays(), segments())
+    np.testing.assert_allclose(attended(*arrays()), expected, atol=2e-6)
+
+
+def test_the_kernel_by_hand_and_its_gradient(interpreted, monkeypatch):
+    expected = by_hand(*arrays(), segments())
+    np.testing.assert_allclose(attended(*arrays()), expected, atol=2e-6)
+    found = slopes(*arrays())
+    monkeypatch.setattr(attention, "_kernels", lambda: False)
+    chex.assert_trees_all_close(found, slopes(*arrays()), atol=1e-4)
+
+
+def test_lengths_that_no_block_divides_are_left_to_xla(interpreted):
+    short = [x[:, :100] for x in arrays()]
+    ids = jnp.asarray(segments()[:, :100])
+    found, _ = attention.segment_attention(ids)(*short, None)
+    np.testing.assert_allclose(found, by_hand(*arrays(), segments())[:, :100], atol=2e-6)
+
+
+def test_kernels_are_for_tpus_where_a_device_works_alone():
+    assert not attention._kernels()  # this is no TPU

@@ -1,0 +1,97 @@
+"""The loss on a mesh, where every device holds a share of the parameters."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill_jax import losses, models, parallel
+from distill_jax.training import language_model_loss
+
+ROWS, TIME = 8, 16
+
+
+def shape(tied=True):
+    return models.LlamaConfig(
+        vocab_size=64, embed=32, mlp=48, layers=2, heads=4, kv_heads=2, head_dim=8, tied=tied
+    )
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    ids = np.ones((ROWS, TIME), np.int32)
+    ids[:, 9:] = 2
+    return {
+        "tokens": rng.integers(0, 8, (ROWS, TIME)).astype(np.int32),  # each many times
+        "labels": rng.integers(0, 64, (ROWS, TIME)).astype(np.int32),
+        "segment_ids": ids,
+        "where": (rng.random((ROWS, TIME)) < 0.7).astype(np.float32),
+    }
+
+
+def step(config, mesh, **options):
+    loss = language_model_loss(config, losses.hard_labels(), mesh=mesh, **options)
+    return jax.jit(jax.value_and_grad(lambda params: loss(params, batch(), jnp.int32(0)).loss))
+
+
+def placed(config, mesh):
+    params = models.init_params(config, jax.random.key(0))
+    if mesh is None:
+        return params
+    return jax.device_put(params, parallel.shardings(mesh, models.logical_axes(config), params))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tied", "remat"),
+    [
+        ({"data": 2, "fsdp_minor": 2}, False, "attention"),
+        ({"data": 2, "tensor": 2}, True, "full"),
+    ],
+)
+def test_any_mesh_gives_the_loss_and_the_gradient_of_one_device(sizes, tied, remat):
+    config, mesh = shape(tied), parallel.make_mesh(parallel.MeshConfig(**sizes))
+    expected = step(config, None)(placed(config, None))
+    loss, gradient = step(config, mesh, remat=remat)(placed(config, mesh))
+    chex.assert_trees_all_close((loss, gradient), expected, rtol=1e-5, atol=1e-5)
+    places = parallel.shardings(mesh, models.logical_axes(config), gradient)
+    lies_as = lambda g, place: g.sharding.is_equivalent_to(place, g.ndim)  # noqa: E731
+    assert all(jax.tree.leaves(jax.tree.map(lies_as, gradient, places)))
+
+
+def test_without_a_gradient_none_is_computed():
+    config, mesh = shape(), parallel.make_mesh()
+    loss = language_model_loss(config, losses.hard_labels(), mesh=mesh)
+    run = jax.jit(lambda params: loss(params, batch(), jnp.int32(0)).loss)
+    text = run.lower(placed(config, mesh)).compile().as_text()
+    assert "reduce-scatter" not in text
+    expected, _ = step(config, None)(placed(config, None))
+    np.testing.assert_allclose(run(placed(config, mesh)), expected, rtol=1e-6)
+
+
+def test_gradients_are_scattered_in_float32_and_never_summed_whole():
+    config, mesh = shape(), parallel.make_mesh(parallel.MeshConfig(fsdp_minor=2))
+    run = step(config, mesh, compute_dtype="bfloat16", remat="full")
+    text = run.lower(placed(config, mesh)).compile().as_text()
+    scattered = set(re.findall(r"= (\w+)\[\S* reduce-scatter", text))
+    assert scattered == {"f32"}
+    whole = [
+        int(np.prod([int(size) for size in sizes.split(",")]))
+        for sizes in re.findall(r"= \w+\[([\d,]+)\]\S* all-reduce", text)
+    ]
+    assert not [size for size in whole if size > 1]  # the totals alone
+
+
+def test_bfloat16_computes_and_float32_learns():
+    config, mesh = shape(), parallel.make_mesh()
+    exact, expected = step(config, None)(placed(config, None))
+    loss, gradient = step(config, mesh, compute_dtype="bfloat16")(placed(config, mesh))
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+    assert loss == pytest.approx(float(exact), rel=0.01)
+    assert loss != exact
+    size = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    chex.assert_trees_all_close(gradient, expected, atol=0.03 * size)
+    alone = step(config, None, compute_dtype="bfloat16")(placed(config, None))
+    chex.assert_trees_all_close((loss, gradient), alone, rtol=0.02, atol=0.01 * size)
