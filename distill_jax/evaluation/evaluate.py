@@ -21,6 +21,7 @@ from distill_jax.models import (
     LlamaConfig,
     Model,
     Params,
+    Reading,
     hidden_states,
     logical_axes,
     unembedding,
@@ -113,7 +114,8 @@ def evaluate(
         for split, records in splits.items():
             total: dict[str, Sums] = {}
             for rows, batch in _batches(records, config.batch_rows, mesh):
-                for name, sums in _compare_batch(models, teachers, batch, config.chunk_tokens):
+                compared = _compare_batch(models, teachers, batch, config.chunk_tokens, mesh)
+                for name, sums in compared:
                     total[name] = _add(total[name], sums) if name in total else sums
                 bar.advance(rows, tokens=rows * batch["tokens"].shape[1], note=split)
             for name in models:
@@ -193,11 +195,15 @@ def _with_labels(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _compare_batch(
-    models: Mapping[str, Model], teachers: Sequence[str], batch: dict[str, Any], chunk_tokens: int
+    models: Mapping[str, Model],
+    teachers: Sequence[str],
+    batch: dict[str, Any],
+    chunk_tokens: int,
+    mesh: Mesh | None,
 ) -> Iterator[tuple[str, Sums]]:
     """Every model's sums over every chunk of one batch, in float64 on the host."""
     hidden = {
-        name: forward(model.config, model.params, batch["tokens"], batch["segment_ids"])
+        name: forward(model.config, model.params, batch["tokens"], batch["segment_ids"], mesh)
         for name, model in models.items()
     }
     rows, length = batch["tokens"].shape
@@ -213,10 +219,20 @@ def _compare_batch(
             yield name, jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def forward(config: LlamaConfig, params: Params, tokens_BT: Array, segment_ids_BT: Array) -> Array:
-    """`models.hidden_states`, compiled once for each shape."""
-    return hidden_states(config, params, tokens_BT, segment_ids_BT)
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def forward(
+    config: LlamaConfig,
+    params: Params,
+    tokens_BT: Array,
+    segment_ids_BT: Array,
+    mesh: Mesh | None = None,
+) -> Array:
+    """`models.hidden_states`, compiled once for each shape; on a mesh every device's rows apart."""
+    run: Any = functools.partial(hidden_states, config)
+    if mesh is not None and mesh.size > 1:
+        shares = parallel.Shares(mesh, logical_axes(config), params)
+        run = parallel.map_rows(functools.partial(run, reading=Reading.of(shares)), shares)
+    return run(params, tokens_BT, segment_ids_BT)
 
 
 @jax.jit

@@ -167,10 +167,9 @@ def _gather(layout, unembedding, dtype):
     axis = layout.order.index("d")
 
     def gather(low):
-        first = jnp.moveaxis(low, axis, 0)  # where shares lie one after the other
         for name in reversed(layout.embed):
-            first = jax.lax.all_gather(first, name, tiled=True)
-        return jnp.moveaxis(first, 0, axis)
+            low = jax.lax.all_gather(low, name, axis=axis, tiled=True)
+        return low
 
     return _in_shards(layout, gather)(_vary(unembedding.astype(dtype), frozenset(layout.tokens)))
 
@@ -182,11 +181,9 @@ def _scatter(layout, unembedding_bar):
     others = tuple(name for name in layout.tokens if name not in layout.embed)
 
     def reduce_to_owner(bar):
-        first = jnp.moveaxis(bar, axis, 0)
         # One after the other: over several axes at once a TPU sums everything everywhere.
         for name in layout.embed:
-            first = jax.lax.psum_scatter(first, name, tiled=True)
-        bar = jnp.moveaxis(first, 0, axis)
+            bar = jax.lax.psum_scatter(bar, name, scatter_dimension=axis, tiled=True)
         return jax.lax.psum(bar, others) if others else bar
 
     return _in_shards(layout, reduce_to_owner)(unembedding_bar)

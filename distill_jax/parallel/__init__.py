@@ -24,7 +24,7 @@ from distill_jax.parallel.processes import (
     together,
 )
 from distill_jax.parallel.rows import RowShare, row_share
-from distill_jax.parallel.shares import Shares, over_rows
+from distill_jax.parallel.shares import Shares, map_rows, over_rows
 from distill_jax.parallel.topology import CHIPS, Chip, Topology
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "index",
     "is_main",
     "make_mesh",
+    "map_rows",
     "mesh_sizes",
     "on_main",
     "over_rows",

@@ -31,17 +31,17 @@ class Shares:
       specs: the parameters' tree of PartitionSpecs, with those axes alone.
     """
 
-    def __init__(self, mesh: Mesh, axes: Any, shapes: Any, dtype: str):
+    def __init__(self, mesh: Mesh, axes: Any, shapes: Any, dtype: str | None = None):
         """See the class.
 
         Args:
           mesh: the mesh.
           axes: tree of tuples of logical axis names.
           shapes: the same tree with arrays or ShapeDtypeStructs.
-          dtype: what whole parameters are cast to before they travel.
+          dtype: what whole parameters are cast to before they travel; None leaves them as they are.
         """
         self.mesh, self.rows = mesh, row_axes(mesh)
-        self._dtype = dtype
+        self._dtype = dtype or str(jax.tree.leaves(shapes)[0].dtype)
         self._splits = jax.tree.map(lambda s: _split_axes(s.spec), shardings(mesh, axes, shapes))
         self.specs = jax.tree.map(
             lambda split: PartitionSpec(*(_among(names, self.rows) or None for names in split)),
@@ -98,6 +98,26 @@ class Shares:
         return self._splits[name]
 
 
+def map_rows(function: Callable[..., Any], shares: Shares) -> Callable[..., Any]:
+    """`function(params, *rows)` of every device's share of the parameters and its rows.
+
+    Args:
+      function: gives arrays with as many rows as it gets.
+      shares: how the parameters lie; their tree is the first argument.
+
+    Returns:
+      A function of global arrays; it has no derivative.
+    """
+    rows = PartitionSpec(shares.rows)
+
+    def call(params: Any, *arrays: Any) -> Any:
+        return _shard_map(function, shares, (shares.specs, *(rows for _ in arrays)), rows)(
+            params, *arrays
+        )
+
+    return call
+
+
 def over_rows(function: Callable[..., Any], shares: Shares) -> Callable[..., Any]:
     """`function(params, rows, step)` of every device's share of the parameters and its rows.
 
@@ -109,18 +129,7 @@ def over_rows(function: Callable[..., Any], shares: Shares) -> Callable[..., Any
       A function of global arrays that gives the sums over all rows. With respect to the parameters
       the derivative of `loss` is taken together with the value, if it is asked for.
     """
-    rows = PartitionSpec(shares.rows)
-
-    def run(inner: Callable[..., Any], out: Any) -> Callable[..., Any]:
-        return jax.shard_map(
-            inner,
-            mesh=shares.mesh,
-            in_specs=(shares.specs, rows, PartitionSpec()),
-            out_specs=out,
-            axis_names=frozenset(shares.rows),
-            # What is summed where is said in so many words, and kernels do not say what varies.
-            check_vma=False,
-        )
+    places = (shares.specs, PartitionSpec(shares.rows), PartitionSpec())
 
     def with_gradient(params: Any, batch: Any, step: Array) -> Any:
         def loss(params: Any) -> tuple[Array, Any]:
@@ -135,10 +144,11 @@ def over_rows(function: Callable[..., Any], shares: Shares) -> Callable[..., Any
 
     @jax.custom_vjp
     def call(params: Any, batch: Any, step: Array) -> Any:
-        return run(without, PartitionSpec())(params, batch, step)
+        return _shard_map(without, shares, places, PartitionSpec())(params, batch, step)
 
     def forward(params: Any, batch: Any, step: Array) -> Any:
-        return run(with_gradient, (PartitionSpec(), shares.specs))(params, batch, step)
+        out = (PartitionSpec(), shares.specs)
+        return _shard_map(with_gradient, shares, places, out)(params, batch, step)
 
     def backward(gradient: Any, bar: Any) -> Any:
         return jax.tree.map(lambda g: (g * bar.loss).astype(g.dtype), gradient), None, None
@@ -147,17 +157,28 @@ def over_rows(function: Callable[..., Any], shares: Shares) -> Callable[..., Any
     return call
 
 
+def _shard_map(
+    function: Callable[..., Any], shares: Shares, places: tuple[Any, ...], out: Any
+) -> Callable[..., Any]:
+    return jax.shard_map(
+        function,
+        mesh=shares.mesh,
+        in_specs=places,
+        out_specs=out,
+        axis_names=frozenset(shares.rows),
+        # What is summed where is said in so many words, and kernels do not say what varies.
+        check_vma=False,
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(share: Array, split: Spec, dtype: str, rows: tuple[str, ...]) -> Array:
     """The whole of a share; its derivative is summed over the axes `rows`, in float32."""
 
     def gather(share: Array) -> Array:
-        # Along the first axis shares lie one after the other; along others they are interleaved.
         for axis, names in enumerate(split):
-            first = jnp.moveaxis(share, axis, 0)
             for name in reversed(_among(names, rows)):
-                first = jax.lax.all_gather(first, name, tiled=True)
-            share = jnp.moveaxis(first, 0, axis)
+                share = jax.lax.all_gather(share, name, axis=axis, tiled=True)
         return share
 
     return _on_shards(split, rows, gather)(share.astype(dtype))
@@ -174,10 +195,8 @@ def _gather_backward(
 
     def reduce(bar: Array) -> Array:
         for axis, names in enumerate(split):
-            first = jnp.moveaxis(bar, axis, 0)
             for name in _among(names, rows):
-                first = jax.lax.psum_scatter(first, name, tiled=True)
-            bar = jnp.moveaxis(first, 0, axis)
+                bar = jax.lax.psum_scatter(bar, name, scatter_dimension=axis, tiled=True)
         used = {name for names in split for name in names}
         rest = tuple(name for name in rows if name not in used)
         return jax.lax.psum(bar, rest) if rest else bar

@@ -58,23 +58,21 @@ def ask_teacher(
     if sharding is None:
         return ask(params, *batch)
     mesh: Any = sharding.mesh
-    rows = P(*sharding.spec)
-    names = models.logical_axes(config)
-    dtype = str(jax.tree.leaves(params)[0].dtype)
-    shares = parallel.Shares(mesh, names, models.abstract_params(config), dtype)
-    specs: Any = shares.specs
+    (tensor,) = parallel.RULES["vocab"]
+    shards = mesh.shape.get(tensor, 1)
+    if shards > 1 and config.vocab_size % shards == 0:
+        ask = functools.partial(ask, vocabulary=tensor)
     if hidden_states is models.hidden_states:
+        shares = parallel.Shares(mesh, models.logical_axes(config), params)
         ask = functools.partial(ask, reading=models.Reading.of(shares))
-    else:
-        specs = P()  # what reads them otherwise gets them whole
-    split = shares.split_of("embedding" if config.tied else "unembedding")
-    (vocabulary,) = split[0 if config.tied else 1] or (None,)
-    return jax.shard_map(
-        functools.partial(ask, vocabulary=vocabulary),
+        return parallel.map_rows(ask, shares)(params, *batch)
+    rows = P(*sharding.spec)
+    return jax.shard_map(  # another forward pass reads parameters whole
+        ask,
         mesh=mesh,
-        in_specs=(specs, rows, rows, rows, rows),
+        in_specs=(P(), rows, rows, rows, rows),
         out_specs=rows,
-        axis_names=frozenset(shares.rows),
+        axis_names=frozenset(parallel.row_axes(mesh)),
         check_vma=False,
     )(params, *batch)
 
