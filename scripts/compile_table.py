@@ -15,27 +15,27 @@ import jax
 import rich.console
 
 from distill_jax import planning
-from distill_jax.parallel import MeshConfig, Topology
+from distill_jax.parallel import Topology
 from distill_jax.planning import show
 from distill_jax.planning.compiling import worst
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 IDS_64 = ("targets.schemes.samples.tau=0.0158",)  # at most 64 ids a token and teacher
-REPLICAS = MeshConfig(data=16)
 ROWS = (
-    # name, recipe, overrides, stage, slice, rows a device, mesh
-    ("1B, one row", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 1, REPLICAS),
-    ("1B, four rows", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 4, REPLICAS),
-    ("1B, 16 rows", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 16, REPLICAS),
-    ("1B on v5p", "llama3_2_1b", IDS_64, "distill", "v5p:4x4x8", 4, MeshConfig(data=8)),
-    ("1B on v6e", "llama3_2_1b", IDS_64, "distill", "v6e:16x16", 4, REPLICAS),
-    ("3B, one row", "llama3_2_3b", IDS_64, "distill", "v5e:16x16", 1, REPLICAS),
-    ("70B's targets", "llama3_2_1b", (), "targets", "v5e:16x16", 1, MeshConfig()),
-    ("8B's cut to 1B", "llama3_2_1b", (), "prune", "v5e:16x16", 1, MeshConfig()),
-    ("1B, sft", "llama3_2_1b", (), "sft", "v5e:16x16", 1, REPLICAS),
-    ("1B, dpo", "llama3_2_1b", (), "dpo", "v5e:16x16", 1, REPLICAS),
+    # name, recipe, overrides, stage, slice, rows a device, what is recomputed
+    ("1B, one row", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 1, "full"),
+    ("1B, one row, attention kept", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 1, "attention"),
+    ("1B, four rows", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 4, "full"),
+    ("1B, 16 rows", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 16, "full"),
+    ("1B on v5p", "llama3_2_1b", IDS_64, "distill", "v5p:4x4x8", 4, "dots"),
+    ("1B on v6e", "llama3_2_1b", IDS_64, "distill", "v6e:16x16", 4, "dots"),
+    ("3B, one row", "llama3_2_3b", IDS_64, "distill", "v5e:16x16", 1, "full"),
+    ("70B's targets", "llama3_2_1b", (), "targets", "v5e:16x16", 1, None),
+    ("8B's cut to 1B", "llama3_2_1b", (), "prune", "v5e:16x16", 1, None),
+    ("1B, sft", "llama3_2_1b", (), "sft", "v5e:16x16", 1, "full"),
+    ("1B, dpo", "llama3_2_1b", (), "dpo", "v5e:16x16", 1, "full"),
 )
-SMALL = (("tiny", "tiny", (), "distill", "v5e:4x4", 1, MeshConfig()),)
+SMALL = (("tiny", "tiny", (), "distill", "v5e:4x4", 1, None),)
 
 
 def main() -> None:
@@ -47,13 +47,13 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     console = rich.console.Console(quiet=options.json, width=120)
     reports = []
-    for name, config, overrides, stage, topology, batch, mesh in SMALL if options.small else ROWS:
+    for name, config, overrides, stage, topology, batch, remat in SMALL if options.small else ROWS:
         if not any(part in name for part in options.only):
             continue
         question = planning.Question(
             config=str(CONFIGS / f"{config}.py"), overrides=overrides, stage=stage
         )
-        choice = planning.Choice(batch=batch, mesh=mesh)
+        choice = planning.Choice(batch=batch, remat=remat)
         report = worst(planning.answer(question, choice, Topology.parse(topology)))
         reports.append(report)
         if options.json:
