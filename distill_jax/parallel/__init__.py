@@ -13,48 +13,68 @@ from distill_jax.parallel.mesh import (
     shardings,
 )
 from distill_jax.parallel.processes import (
+    EXIT_AGAIN,
     ProcessError,
+    ProcessLost,
     barrier,
     count,
     gather,
     index,
     is_main,
     on_main,
-    start,
     together,
 )
-from distill_jax.parallel.rows import RowShare, row_share
+from distill_jax.parallel.rows import RowShare, row_share, to_host
 from distill_jax.parallel.shares import Shares, map_rows, over_rows
+from distill_jax.parallel.startup import start
+from distill_jax.parallel.stopping import (
+    Preempted,
+    deferring,
+    preempted,
+    stop_if_preempted,
+    stoppable,
+)
 from distill_jax.parallel.topology import CHIPS, Chip, Topology
+from distill_jax.parallel.watch import at, looping
 
 __all__ = [
     "CHIPS",
+    "EXIT_AGAIN",
     "RULES",
     "Chip",
     "LocalProcesses",
     "MeshConfig",
     "OutOfMemory",
+    "Preempted",
     "ProcessError",
+    "ProcessLost",
     "RowShare",
     "Shares",
     "Topology",
+    "at",
     "barrier",
     "batch_sharding",
     "compile_lowered",
     "count",
+    "deferring",
     "gather",
     "index",
     "is_main",
+    "looping",
     "make_mesh",
     "map_rows",
     "mesh_sizes",
     "on_main",
     "over_rows",
+    "preempted",
     "row_axes",
     "row_shards",
     "row_share",
     "shardings",
     "start",
     "start_local",
+    "stop_if_preempted",
+    "stoppable",
+    "to_host",
     "together",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from distill_jax.artifacts import InputError
@@ -62,6 +63,17 @@ class RowShare:
 def _take(array: jax.Array) -> np.ndarray:
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def to_host(tree: Any) -> Any:
+    """A tree of global arrays as NumPy, whole, on every process; all call it together."""
+
+    def fetch(array: jax.Array) -> np.ndarray:
+        if array.is_fully_addressable or array.is_fully_replicated:
+            return np.asarray(array)
+        return multihost_utils.process_allgather(array, tiled=True)
+
+    return jax.tree.map(fetch, tree)
 
 
 def row_share(sharding: NamedSharding | None) -> RowShare:

@@ -108,8 +108,8 @@ def test_a_failure_ends_the_block_on_all_and_is_told_by_name(seen):
 
 def test_whoever_does_not_come_is_named(seen):
     (first, second), _, _ = seen
-    assert first["late"] == "ProcessError: process 1 of 2 did not reach the meeting in 1 s"
-    assert second["late"].startswith("ProcessError: this process 1 of 2 did not reach the meeting")
+    assert first["late"] == "ProcessLost: process 1 of 2 did not reach the meeting in 1 s"
+    assert second["late"].startswith("ProcessLost: this process 1 of 2 did not reach the meeting")
 
 
 def test_a_stage_is_claimed_and_committed_by_the_first(seen):
