@@ -25,6 +25,7 @@ from distill_jax import (
     pruning,
     stages,
     teachers,
+    training,
 )
 from distill_jax.artifacts import InputError
 from distill_jax.recipe import Recipe, load_recipe
@@ -49,7 +50,11 @@ examples:
       what the distillation would take on a slice of TPUs, which need not be there
   distill-jax generate runs/mine/distill/seed-0 --prompt "The capital of France is"
   distill-jax inspect runs/mine/targets/large/samples --row 3
-  distill-jax verify runs/mine/targets/large/samples --corpus runs/mine/corpus"""
+  distill-jax verify runs/mine/targets/large/samples --corpus runs/mine/corpus
+
+exit status:
+  0 done; 1 the work failed; 2 a wrong input; 130 interrupted; 75 told to stop by SIGTERM, or
+  another process was lost: the same command goes on, with any number of devices and processes"""
 
 _STAGE_HELP = {
     "corpus": "tokenize and pack the texts",
@@ -70,7 +75,8 @@ _STAGE_HELP = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status.
 
-    0: done; 1: the work failed; 2: a wrong input, told in one line; 130: interrupted.
+    0: done; 1: the work failed; 2: a wrong input, told in one line; 75: the same command goes on,
+    since the machine is taken away or another process was lost; 130: interrupted.
     """
     options = _parser().parse_args(arguments)
     # Orbax tells of every file it writes; a person who runs a recipe has no use for that.
@@ -82,7 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (FloatingPointError, OSError, parallel.ProcessError) as error:
         print(f"{_name()}: error: {error}", file=sys.stderr)
-        return 1
+        return parallel.EXIT_AGAIN if isinstance(error, parallel.ProcessLost) else 1
+    except parallel.Preempted as told:
+        if parallel.is_main():
+            print(f"distill-jax: {told}; the same command goes on from here", file=sys.stderr)
+        return parallel.EXIT_AGAIN
     except KeyboardInterrupt:
         print("distill-jax: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -151,6 +161,11 @@ def _add_recipe_options(command: argparse.ArgumentParser, stage: str | None) -> 
     command.add_argument(
         "--overwrite", action="store_true", help="replace results of another recipe"
     )
+    command.add_argument(
+        "--profile",
+        metavar="FIRST:LAST",
+        help="trace these steps of every training, for XProf, into its stage's directory",
+    )
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
@@ -217,7 +232,7 @@ def _add_compile_options(command: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     parallel.start()
-    with parallel.together():
+    with parallel.stoppable(), parallel.together():
         return _run_recipe(options)
 
 
@@ -277,7 +292,8 @@ def _run_recipe(options: argparse.Namespace) -> dict[str, Any]:
     recipe, directory = _recipe_and_directory(options)
     typed = ["scripts/run", options.config, *(f"--set={text}" for text in options.set)]
     typed += ["--out", options.out] if options.out else []
-    run = stages.Run(recipe, directory, commands=(shlex.join(typed),))
+    profile = training.parse_steps(options.profile) if options.profile else None
+    run = stages.Run(recipe, directory, commands=(shlex.join(typed),), profile=profile)
     figures = pipeline.run(
         stages.all_stages(run), directory, command=options.stage, overwrite=options.overwrite
     )

@@ -98,6 +98,7 @@ def run(
 
     Raises:
       InputError: a directory holds the result of another recipe, or an input is missing.
+      Preempted: the job was told to stop (`parallel.stoppable`).
     """
     fingerprints: dict[str, str] = {}
     figures: dict[str, Mapping[str, Any]] = {}
@@ -221,6 +222,7 @@ def _run_one(
     stage: Stage, place: epath.Path, fingerprints: Mapping[str, str], overwrite: bool
 ) -> dict[str, Any]:
     identity = _identity(stage, fingerprints)
+    parallel.stop_if_preempted(f"before {stage.name}")
     done = parallel.on_main(lambda: _begin(place, identity, overwrite), what=stage.name)
     if done is not None:
         return done

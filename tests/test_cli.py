@@ -1,8 +1,9 @@
 import pathlib
+import socket
 
 import pytest
 
-from distill_jax import cli
+from distill_jax import cli, parallel
 
 TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny.py")
 
@@ -14,6 +15,7 @@ TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny.py")
         (["run", TINY, "--set", "distill.train.step=3"], "unknown field 'step'"),
         (["run", TINY, "--set", "prune.target.layers=99"], "layers"),
         (["distill", TINY], "run the stage"),
+        (["distill", TINY, "--profile", "9:3"], "--profile 9:3: write the first and the last step"),
         (["search", TINY, "--parameters", "4e5"], "corpus: this stage has not been run"),
         (["search", TINY, "--parameters", "4e5", "--rows", "0"], "rows is 0"),
         (["compile", TINY, "--topology", "v5e"], "write chip and sizes, such as v5e:16x16"),
@@ -46,6 +48,25 @@ def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch):
     monkeypatch.setattr(cli, "load_recipe", interrupted)
     assert cli.main(["run", TINY]) == 130
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_job_without_its_first_process_says_so_and_is_to_be_tried_again(capsys, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    address = f"localhost:{port}"
+    for name, text in (
+        ("JAX_COORDINATOR_ADDRESS", address),
+        ("JAX_NUM_PROCESSES", "2"),
+        ("JAX_PROCESS_ID", "1"),
+        ("DISTILL_JAX_WAIT_S", "0.3"),
+    ):
+        monkeypatch.setenv(name, text)
+    assert cli.main(["run", TINY]) == parallel.EXIT_AGAIN
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"distill-jax: error: process 0 of 2 did not answer at {address} in 0.3 s ("
+    )
 
 
 def test_help_teaches(capsys):

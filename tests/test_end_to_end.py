@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from distill_jax import cli, data, models, posttraining, pruning, teachers
+from distill_jax import cli, data, models, parallel, posttraining, pruning, teachers
 from distill_jax.recipe import load_recipe
 from distill_jax.stages import students
 from distill_jax.stages.context import Run
@@ -36,21 +37,23 @@ MODELS = (
     "rejection-sample",
     "dpo",
 )
-# Where to kill: (stage, what must be there first), from the start of a stage to its very end.
+# Where to end it: (stage, what must be there first, by what), from the start of a stage to its
+# very end.
 _CHECKPOINT = "checkpoints/*/_CHECKPOINT_METADATA"
 KILLS = (
-    ("corpus", "started.json"),
-    ("teachers/large", _CHECKPOINT),
-    ("targets/large", "*/*array_record-00001*"),
-    ("prune", "plan.json"),
-    ("distill/seed-0", _CHECKPOINT),
-    ("distill/seed-0", "model.json"),
-    ("rejection-sample", "samples/part-*.jsonl"),
-    ("dpo", _CHECKPOINT),
-    ("evaluate", "started.json"),
+    ("corpus", "started.json", signal.SIGKILL),
+    ("teachers/large", _CHECKPOINT, signal.SIGTERM),
+    ("targets/large", "*/*array_record-00001*", signal.SIGTERM),
+    ("prune", "plan.json", signal.SIGKILL),
+    ("distill/seed-0", _CHECKPOINT, signal.SIGKILL),
+    ("distill/seed-0", "model.json", signal.SIGKILL),
+    ("sft", _CHECKPOINT, signal.SIGTERM),
+    ("rejection-sample", "samples/part-*.jsonl", signal.SIGKILL),
+    ("dpo", _CHECKPOINT, signal.SIGTERM),
+    ("evaluate", "started.json", signal.SIGTERM),
 )
 # These files are the last of their stage: at times it ends before the kill comes.
-BRIEF = {("prune", "plan.json"), ("distill/seed-0", "model.json")}
+BRIEF = {kill for kill in KILLS if kill[1] in ("plan.json", "model.json")}
 
 
 # What a laptop has.
@@ -77,9 +80,10 @@ def whole(tmp_path_factory):
     return out
 
 
-def kill_in(out, stage, sign):
-    """Starts the run and kills it once a file that fits `sign` stands in the stage's directory.
+def kill_in(out, stage, sign, way):
+    """Starts the run and ends it once a file that fits `sign` stands in the stage's directory.
 
+    Told to stop, it says that it can be gone on with, and no checkpoint lags behind its metrics.
     Some files live for milliseconds; a stage that ended all the same counts as not disturbed.
     """
     process = start(out)
@@ -89,8 +93,14 @@ def kill_in(out, stage, sign):
             break
         time.sleep(0.002)
     assert process.poll() is None, process.communicate()[1][-3000:]
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.send_signal(way)
+    errors = process.communicate()[1]
+    if way == signal.SIGTERM:
+        assert process.returncode == parallel.EXIT_AGAIN, errors[-3000:]
+        assert errors.endswith("; the same command goes on from here\n")
+        if stop := re.search(r"stopped after step (\d+)", errors):
+            newest = max(int(step.name) for step in place.glob("checkpoints/[0-9]*"))
+            assert newest == int(stop[1]) == len(read_metrics(place / "metrics.jsonl"))
     return not (place / "manifest.json").exists()
 
 

@@ -1,10 +1,12 @@
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 from etils import epath
 
-from distill_jax import pipeline
+from distill_jax import parallel, pipeline
 from distill_jax.artifacts import InputError
 from distill_jax.pipeline import Stage
 
@@ -147,3 +149,18 @@ def test_an_input_of_another_recipe_is_to_be_made_again_first(tmp_path):
 def test_a_command_without_stages_is_refused(tmp_path):
     with pytest.raises(InputError, match="the recipe has no stage 'three'"):
         pipeline.run(make_stages([]), epath.Path(tmp_path), command="three")
+
+
+def test_told_to_stop_it_ends_what_cannot_be_interrupted_and_begins_nothing(tmp_path):
+    place, log = epath.Path(tmp_path), []
+    first, second = make_stages(log)
+
+    def told(directory):
+        with parallel.deferring():
+            os.kill(os.getpid(), signal.SIGTERM)
+            return first.work(directory)
+
+    with pytest.raises(parallel.Preempted, match="stopped before second"), parallel.stoppable():
+        pipeline.run([dataclasses.replace(first, work=told), second], place)
+    assert log == ["first"]
+    assert pipeline.read_manifest(place / "first")["figures"] == {"value": 3}

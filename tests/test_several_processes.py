@@ -2,8 +2,11 @@
 
 import json
 import pathlib
+import re
 import shutil
+import signal
 import sys
+import time
 
 import pytest
 
@@ -58,12 +61,24 @@ def figures(out):
     return json.loads((out / "targets" / "large" / "manifest.json").read_text())["figures"]
 
 
-def test_two_processes_store_the_targets_that_one_stores(alone, config, tmp_path):
+def test_two_processes_stop_as_one_is_told_and_then_store_what_one_stores(alone, config, tmp_path):
     """Eight devices and one row on each in both."""
     two = tmp_path / "two"
     shutil.copytree(alone, two, ignore=shutil.ignore_patterns("targets"))
-    program = [sys.executable, "-m", "distill_jax.cli", *command("targets", config, two)]
-    with parallel.start_local(program, 2, devices=4) as running:
+
+    def program(stage):
+        return [sys.executable, "-m", "distill_jax.cli", *command(stage, config, two)]
+
+    with parallel.start_local(program("run"), 2, devices=4) as running:
+        while not next(two.glob("targets/*/started.json"), None):
+            assert running.processes[0].poll() is None
+            time.sleep(0.05)
+        running.processes[1].send_signal(signal.SIGTERM)
+        ended = running.wait(240)
+    assert [one.returncode for one in ended] == [parallel.EXIT_AGAIN] * 2, ended[0].stderr
+    # Told at the start of a stage they may be at the end of it before all have heard.
+    assert re.search("stopped (while targets were written|before prune); the same", ended[0].stderr)
+    with parallel.start_local(program("targets"), 2, devices=4) as running:
         first, second = running.wait(240)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     # Gloo, too, writes to standard output.

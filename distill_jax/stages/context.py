@@ -26,11 +26,13 @@ class Run:
       recipe: what to do.
       directory: where every stage has a directory of its name.
       commands: what a person types to make this run, for the report.
+      profile: the first and the last of the steps of every training that are traced.
     """
 
     recipe: Recipe
     directory: epath.Path
     commands: tuple[str, ...] = ()
+    profile: tuple[int, int] | None = None
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -90,29 +92,44 @@ class Run:
 
         A model that stands there whole was trained by an earlier call, killed while it cleaned up.
         """
-        if not models.is_saved(place):
-            self.save(place, self._trained(place, model, loss_fn, rows, config))
-        # What only served to go on after a kill need not stay on disk.
-        (place / "checkpoints").rmtree(missing_ok=True)
-        return _figures(training.read_metrics(place / "metrics.jsonl"))
+        name = str(place.relative_to(self.directory))
+        if not parallel.on_main(lambda: models.is_saved(place), what=name):
+            self.save(place, self._trained(name, model, loss_fn, rows, config))
+
+        def figures() -> dict[str, Any]:
+            # What only served to go on after a kill need not stay on disk.
+            (place / "checkpoints").rmtree(missing_ok=True)
+            spent = training.account(training.read_sessions(place))
+            return _figures(training.read_metrics(place / "metrics.jsonl")) | {"goodput": spent}
+
+        return parallel.on_main(figures, what=f"the end of {name}")
 
     def _trained(
         self,
-        place: epath.Path,
+        name: str,
         model: models.Model,
         loss_fn: training.LossFn,
         rows: data.RowSource,
         config: training.TrainConfig,
     ) -> models.Model:
+        share = parallel.row_share(parallel.batch_sharding(self.mesh))
         batches = data.batches(
             rows,
             batch_rows=config.batch_rows,
             seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=share.index,
+            process_count=share.count,
         )
-        name = str(place.relative_to(self.directory))
-        return training.train(model, loss_fn, batches, config, place, name=name, mesh=self.mesh)
+        return training.train(
+            model,
+            loss_fn,
+            batches,
+            config,
+            self.directory / name,
+            name=name,
+            mesh=self.mesh,
+            profile=self.profile,
+        )
 
 
 def teacher(name: str) -> str:

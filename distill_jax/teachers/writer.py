@@ -98,6 +98,7 @@ def write_stores(
       InputError: a directory holds other targets, a token is outside the vocabulary, the
         teacher's logits are not finite, or a store to reuse is of other targets.
       ProcessError: another process failed.
+      Preempted: the job was told to stop (`parallel.stoppable`).
     """
     config = config or WriteConfig()
     if directories.keys() != schemes.keys():
@@ -237,6 +238,7 @@ def _write_missing(
         _background() as submit,
     ):
         while True:
+            parallel.stop_if_preempted("while targets were written")
             batch = next(work, None)
             steps = parallel.gather(_step(batch, written_here), what="the next batch")
             steps = [step for step in steps if step is not None]

@@ -4,7 +4,6 @@ import os
 from types import TracebackType
 from typing import Any
 
-import grain
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -13,6 +12,9 @@ from distill_jax.training.step import TrainState
 
 class Checkpoints:
     """Saves the training state and the position in the data, asynchronously; keeps the newest.
+
+    Both can be read back by any number of processes and devices: an iterator's position counts
+    batches of all processes, so it is the same on each.
 
     Randomness needs no slot of its own: everything random in a run is a function of its seed and
     of the step, and both are here.
@@ -38,20 +40,26 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(like),
-                data=grain.checkpoint.CheckpointRestore(batches),
+                data=ocp.args.JsonRestore(),
             ),
         )
+        batches.set_state(found["data"])
         return found["state"]
 
-    def save(self, step: int, state: TrainState, batches: Any) -> None:
-        """Starts saving; returns once the state may be overwritten."""
+    def save(self, step: int, state: TrainState, batches: Any, *, wait: bool = False) -> None:
+        """Starts saving; returns once the state may be overwritten, or with `wait` once it ended.
+
+        Of `batches`, the data iterator, the position is kept.
+        """
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(batches),
+                data=ocp.args.JsonSave(batches.get_state()),
             ),
         )
+        if wait:
+            self._manager.wait_until_finished()
 
     def __enter__(self) -> "Checkpoints":
         return self

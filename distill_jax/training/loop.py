@@ -1,6 +1,7 @@
 """The one training loop, which every stage that trains uses."""
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,10 @@ from distill_jax import parallel, progress
 from distill_jax.models import Model, logical_axes
 from distill_jax.training.checkpoints import Checkpoints
 from distill_jax.training.config import TrainConfig
+from distill_jax.training.goodput import Goodput, account, account_line, read_sessions
 from distill_jax.training.jitted import JittedStep, check_rows, jit_step
 from distill_jax.training.metrics import MetricsWriter
+from distill_jax.training.profiling import Profiler
 from distill_jax.training.step import LossFn, TrainState
 
 
@@ -26,49 +29,65 @@ def train(
     *,
     name: str = "train",
     mesh: Mesh | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> Model:
     """Trains `model` and returns it trained; `model` itself is left as it was.
 
     Called again on the directory of a run that was stopped at any moment, it goes on from the
-    newest checkpoint and ends with the same parameters, bit for bit, on the same devices.
+    newest checkpoint and ends with the same parameters, bit for bit, on the same devices. Other
+    devices or processes see the same batches, and add up in another order.
 
     Args:
       model: where to start.
       loss_fn: (params, batch, step) -> losses.Totals.
-      batches: Grain iterator of this process's rows; every leaf of a batch has a leading axis of
-        rows, and "tokens" is among them.
+      batches: Grain iterator of this process's share of the rows (`parallel.row_share`); every
+        leaf of a batch has a leading axis of rows, and "tokens" is among them.
       config: how the run goes.
-      directory: where checkpoints, metrics.jsonl and TensorBoard files go.
+      directory: where checkpoints, metrics.jsonl, goodput.json and TensorBoard files go.
       name: the stage, for the progress bar.
       mesh: devices; None takes all of them, as one FSDP group.
+      profile: the first and the last of the steps that are traced.
 
     Raises:
       InputError: the rows of a microbatch do not divide over the mesh.
       FloatingPointError: the loss or its gradient is not finite.
+      Preempted: the job was told to stop (`parallel.stoppable`); a checkpoint of the step where
+        all processes stopped is there.
     """
     mesh = mesh or parallel.make_mesh()
     check_rows(config, mesh, name)
-    jitted = jit_step(model.params, logical_axes(model.config), loss_fn, config, mesh)
     place = epath.Path(directory)
     place.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(place / "checkpoints") as checkpoints:
+    with (
+        parallel.deferring(),
+        parallel.looping(),
+        Goodput(place) as spent,
+        Checkpoints(place / "checkpoints") as checkpoints,
+    ):
+        jitted = jit_step(model.params, logical_axes(model.config), loss_fn, config, mesh)
+        share = parallel.row_share(jitted.rows)
         state = _start(model, jitted, checkpoints, batches)
         first = int(state.step)
+        spent.begin(first)
         pending: tuple[int, int, Any] | None = None
         with (
             MetricsWriter(place, first) as writer,
+            Profiler(profile, place, name) as profiler,
             progress.bar(name, config.steps, done=first) as bar,
         ):
             for step in range(first + 1, config.steps + 1):
-                local = next(batches)
-                batch = jax.tree.map(
-                    lambda x: jax.make_array_from_process_local_data(jitted.rows, x), local
-                )
-                state, metrics = jitted.function(state, batch)
+                with spent.on("data", step, unless_busy=state.step):
+                    batch = share.put(next(batches))
+                profiler.before(step, state)
+                doing = "compile" if step == first + 1 else "step"
+                with spent.on(doing, step), profiler.annotated(step):
+                    state, metrics = jitted.function(state, batch)
+                profiler.after(step, state)
                 # Fetch the step before while the device works on this one.
                 note = _report(writer, pending)
                 tokens = batch["tokens"].size
-                due = step % config.checkpoint_every == 0 and step < config.steps
+                stop = parallel.preempted()
+                due = (stop or step % config.checkpoint_every == 0) and step < config.steps
                 logged = due or step % config.log_every == 0 or step == config.steps
                 pending = (step, step * tokens, metrics) if logged else None
                 bar.advance(tokens=tokens, note=note)
@@ -76,8 +95,14 @@ def train(
                     # First, so that parameters that are not finite never replace good ones.
                     _report(writer, pending)
                     pending = None
-                    checkpoints.save(step, state, batches)
+                    with spent.on("checkpoint", step):
+                        checkpoints.save(step, state, batches, wait=stop)
+                spent.done(step, record=due)
+                if due and stop:
+                    raise parallel.Preempted(f"{name}: stopped after step {step}")
             _report(writer, pending)
+    if parallel.is_main():
+        print(f"{name}: {account_line(account(read_sessions(place)))}", file=sys.stderr)
     return Model(model.config, state.params)
 
 

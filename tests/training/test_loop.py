@@ -1,14 +1,24 @@
 import dataclasses
 import json
+import os
+import signal
 
 import grain
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from distill_jax import losses, models, parallel
 from distill_jax.artifacts import InputError
-from distill_jax.training import TrainConfig, language_model_loss, read_metrics, train
+from distill_jax.training import (
+    TrainConfig,
+    language_model_loss,
+    parse_steps,
+    read_metrics,
+    read_sessions,
+    train,
+)
 
 CONFIG = models.LlamaConfig(
     vocab_size=31, embed=16, mlp=32, layers=2, heads=4, kv_heads=2, head_dim=4, tied=True
@@ -58,11 +68,25 @@ class Dying(grain.DatasetIterator):
         self._iterator.set_state(state)
 
 
-def run(directory, iterator=None, config=TRAIN, mesh=None, shape=CONFIG):
+class Told(Dying):
+    """An iterator as seen by a process that gets SIGTERM before the batch of a certain step."""
+
+    def __init__(self, iterator, step):
+        super().__init__(iterator, 0)
+        self._step = step
+
+    def __next__(self):
+        if self.get_state()["next_index"] == self._step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next(self._iterator)
+
+
+def run(directory, iterator=None, config=TRAIN, mesh=None, shape=CONFIG, profile=None):
     model = models.Model(shape, models.init_params(shape, jax.random.key(0)))
     objective = losses.weighted_sum(hard=(1.0, losses.hard_labels()))
     loss_fn = language_model_loss(shape, objective, mesh=mesh)
-    return train(model, loss_fn, iterator or batches(), config, directory, mesh=mesh)
+    iterator = iterator or batches()
+    return train(model, loss_fn, iterator, config, directory, mesh=mesh, profile=profile)
 
 
 def test_resumes_with_the_same_bits(tmp_path):
@@ -155,3 +179,42 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused(tmp_path):
         InputError, match="batch_rows 8 / accumulation 2 is not a multiple of the 8"
     ):
         run(tmp_path, config=TrainConfig(steps=1, batch_rows=8, accumulation=2))
+
+
+def test_given_steps_are_traced_whole_and_no_others(tmp_path, capsys):
+    run(tmp_path, profile=(3, 4))
+    (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+    assert steps == [3, 4]
+    assert f"train: trace in {tmp_path / 'profile'}" in capsys.readouterr().err
+    run(tmp_path / "late", profile=(8, 9))
+    assert "no trace, none of the steps 8:9 was done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "steps"), [("10:13", (10, 13)), ("7", (7, 7))])
+def test_steps_to_trace_are_read(text, steps):
+    assert parse_steps(text) == steps
+
+
+@pytest.mark.parametrize("text", ["", "0", "3:2", "1:", "1:2:3", "-1:2", "a"])
+def test_other_steps_to_trace_are_refused(text):
+    with pytest.raises(InputError, match=f"--profile {text}: write the first and the last step"):
+        parse_steps(text)
+
+
+def test_told_to_stop_it_leaves_a_checkpoint_of_that_step(tmp_path):
+    """Between the checkpoints that are due, and at one that is."""
+    whole = run(tmp_path / "whole")
+    for step in (3, 4, 5):
+        told = Told(batches(), step)
+        with pytest.raises(parallel.Preempted, match=f"after step {step}"), parallel.stoppable():
+            run(tmp_path / "told", told)
+        assert len(read_metrics(tmp_path / "told" / "metrics.jsonl")) == step
+    # At the last step there is nothing left to stop.
+    with parallel.stoppable():
+        last = run(tmp_path / "told", Told(batches(), TRAIN.steps))
+    jax.tree.map(np.testing.assert_array_equal, whole.params, last.params)
+    found = read_sessions(epath.Path(tmp_path / "told"))
+    assert [(one["first"], one["last"]) for one in found] == [(0, 3), (3, 4), (4, 5), (5, 7)]
