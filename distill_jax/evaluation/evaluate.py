@@ -216,7 +216,7 @@ def _compare_batch(
             prediction = taught.get(name) or _predict(model.params, hidden[name][:, chunk])
             sums = _compare(prediction, taught, labels, where)
             # Fetching waits for the chunk, so that no queue of logits fills the memory.
-            yield name, jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+            yield name, jax.tree.map(lambda x: x.astype(np.float64), parallel.to_host(sums))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

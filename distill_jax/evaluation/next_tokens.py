@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distill_jax import parallel
 from distill_jax.artifacts import InputError
 from distill_jax.data import Tokenizer
 from distill_jax.evaluation.evaluate import forward
@@ -52,7 +53,7 @@ def next_tokens(model: Model, tokenizer: Tokenizer, prompt: str, k: int = 5) -> 
     tokens[0, : len(ids)], segment_ids[0, : len(ids)] = ids, 1
     hidden_D = forward(model.config, model.params, tokens, segment_ids)[0, len(ids) - 1]
     logits_V = jnp.matmul(hidden_D, unembedding(model.params), preferred_element_type=jnp.float32)
-    probs, best = jax.lax.top_k(jax.nn.softmax(logits_V), k)
+    probs, best = parallel.to_host(jax.lax.top_k(jax.nn.softmax(logits_V), k))
     return [
         NextToken(token, tokenizer.decode([token]), probability)
         for token, probability in zip(best.tolist(), probs.tolist())

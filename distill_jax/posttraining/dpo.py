@@ -147,7 +147,7 @@ def with_reference(
             # The last batch is filled up, so that all have one shape and compile once.
             filled = [*part, *[part[-1]] * (pairs_per_batch - len(part))]
             batch = {name: np.stack([row[name] for row in filled]) for name in _ROW}
-            values = np.asarray(log_probs(model.params, batch))
+            values = parallel.to_host(log_probs(model.params, batch))
             result += [
                 {**row, "reference_log_probs": value}
                 for row, value in zip(part, values, strict=False)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from distill_jax import artifacts, progress
+from distill_jax import artifacts, parallel, progress
 from distill_jax.artifacts import InputError
 from distill_jax.data import Tokenizer
 from distill_jax.models import Model, Sampling
@@ -137,46 +137,58 @@ def write_samples(
     """`sample` over all problems, into `directory`/samples.jsonl; returns its figures.
 
     Each batch of problems is committed as a file of its own, so that a later call goes on where
-    an earlier one was killed and ends with the same bytes.
+    an earlier one was killed and ends with the same bytes. Of several processes all draw, and the
+    first writes.
 
     Raises:
       InputError: the directory holds samples of other problems or settings.
+      Preempted: the job was told to stop (`parallel.stoppable`).
     """
     place = artifacts.epath.Path(directory)
-    place.mkdir(parents=True, exist_ok=True)
-    _claim(place, tokenizer, task, problems, config)
-    if not (place / _SAMPLES).exists():
-        parts = _write_parts(place, model, tokenizer, task, problems, config)
-        artifacts.write_bytes(place / _SAMPLES, b"".join(part.read_bytes() for part in parts))
-    for part in place.glob("part-*.jsonl"):
-        part.unlink()
+    size = config.problems_per_batch
+    batches = [problems[start : start + size] for start in range(0, len(problems), size)]
+    parts = [place / f"part-{index:05}.jsonl" for index in range(len(batches))]
+
+    def begin() -> list[int]:
+        """The batches that are not on disk yet."""
+        place.mkdir(parents=True, exist_ok=True)
+        _claim(place, tokenizer, task, problems, config)
+        whole = (place / _SAMPLES).exists()
+        return [i for i, part in enumerate(parts) if not whole and not part.exists()]
+
+    def end() -> None:
+        if not (place / _SAMPLES).exists():
+            artifacts.write_bytes(place / _SAMPLES, b"".join(part.read_bytes() for part in parts))
+        for part in place.glob("part-*.jsonl"):
+            part.unlink()
+
+    missing = parallel.on_main(begin, what="the first sample")
+    todo = [(parts[index], batches[index]) for index in missing]
+    _write_parts(todo, model, tokenizer, task, len(problems), config)
+    parallel.on_main(end, what="the last sample")
     return _figures(read_samples(place))
 
 
 def _write_parts(
-    place: artifacts.epath.Path,
+    todo: Sequence[tuple[artifacts.epath.Path, Sequence[Problem]]],
     model: Model,
     tokenizer: Tokenizer,
     task: Task,
-    problems: Sequence[Problem],
+    count: int,
     config: RejectionConfig,
-) -> list[artifacts.epath.Path]:
-    """Draws the batches of problems that are not on disk yet; returns the files of all."""
-    size = config.problems_per_batch
-    batches = [problems[start : start + size] for start in range(0, len(problems), size)]
-    parts = [place / f"part-{index:05}.jsonl" for index in range(len(batches))]
-    todo = [(part, batch) for part, batch in zip(parts, batches, strict=True) if not part.exists()]
-    done = len(problems) - sum(len(batch) for _, batch in todo)
-    name = f"sample {task.name}"
-    with progress.bar(name, len(problems), unit="problems", done=done) as bar:
+) -> None:
+    """Draws the batches of problems, of `count` in all, that are not on disk yet."""
+    done = count - sum(len(batch) for _, batch in todo)
+    with progress.bar(f"sample {task.name}", count, unit="problems", done=done) as bar:
         for part, batch in todo:
+            parallel.stop_if_preempted("while answers were sampled")
             records = sample(model, tokenizer, task, batch, config)
             lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
-            artifacts.write_bytes(part, lines.encode())
+            if parallel.is_main():
+                artifacts.write_bytes(part, lines.encode())
             solved = sum(record["chosen"] is not None for record in records)
             tokens = sum(len(drawn["tokens"]) for r in records for drawn in r["samples"])
             bar.advance(len(batch), tokens=tokens, note=f"{solved}/{len(batch)} solved")
-    return parts
 
 
 def read_samples(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:

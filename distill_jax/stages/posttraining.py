@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from distill_jax import models, posttraining, training
+from distill_jax import models, parallel, posttraining, training
 from distill_jax.artifacts import InputError
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import PostTrainingConfig, to_json
@@ -63,7 +63,8 @@ def _train(
     """Trains on a few rows: a set smaller than a batch is repeated whole until it fills one."""
     repeats = -(-config.batch_rows // len(rows))
     figures = run.train(place, model, loss_fn, [*rows] * repeats, config)
-    run.chat_tokenizer().save(place)
+    if parallel.is_main():
+        run.chat_tokenizer().save(place)
     return {"rows": len(rows), **figures}
 
 

@@ -1,13 +1,12 @@
 """report: the page that shows a whole run, filled from what the stages left."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from distill_jax import evaluation, pipeline, pruning, teachers
+from distill_jax import evaluation, parallel, pipeline, pruning, teachers
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import Recipe
 from distill_jax.stages import context
@@ -57,7 +56,7 @@ def stages(run: Run) -> list[Stage]:
                 "notes": list(recipe.notes),
             },
             inputs=inputs,
-            work=functools.partial(_work, run),
+            work=lambda place: parallel.on_main(lambda: _work(run, place), what=REPORT),
         )
     ]
 

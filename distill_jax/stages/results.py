@@ -4,7 +4,7 @@ from typing import Any
 
 from etils import epath
 
-from distill_jax import evaluation, models, posttraining
+from distill_jax import evaluation, models, parallel, posttraining
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import to_json
 from distill_jax.stages import context
@@ -107,5 +107,6 @@ def _export(run: Run, last: str, place: epath.Path) -> dict[str, Any]:
     models.export_hugging_face(
         place, model, bos_id=tokenizer.bos_id, eos_id=sorted(set(eos_ids)) or None
     )
-    tokenizer.save(place)
+    if parallel.is_main():
+        tokenizer.save(place)
     return {"stage": last, "parameters": model.config.parameters}
