@@ -2,7 +2,7 @@
 
 from distill_jax.models.checkpoint import is_saved, load, load_config, save
 from distill_jax.models.config import LlamaConfig, RopeScaling
-from distill_jax.models.generation import Completion, Sampling, generate
+from distill_jax.models.generation import Completion, generate
 from distill_jax.models.gguf import load_gguf
 from distill_jax.models.hugging_face import (
     export_hugging_face,
@@ -34,6 +34,7 @@ from distill_jax.models.presets import (
     LLAMA_3_2_3B,
     SMOLLM2_135M,
 )
+from distill_jax.models.sampling import Sampling
 
 __all__ = [
     "LLAMA_3_1_8B",

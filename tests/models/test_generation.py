@@ -7,8 +7,8 @@ import scipy.stats
 
 from distill_jax import models
 from distill_jax.artifacts import InputError
-from distill_jax.models import Sampling, generation
-from distill_jax.models.generation import draw
+from distill_jax.models import Sampling, decoding
+from distill_jax.models.sampling import draw
 
 CONFIG = models.LlamaConfig(
     vocab_size=23,
@@ -41,7 +41,7 @@ def next_log_probs(model):
         return models.logits(CONFIG, model.params, tokens_BT, segment_ids_BT)
 
     def apply(prefix):
-        tokens, segments = np.zeros((2, 1, 64), np.int32)
+        tokens, segments = np.zeros((2, 1, 256), np.int32)
         tokens[0, : len(prefix)] = prefix
         segments[0, : len(prefix)] = 1
         logits = np.asarray(forward(tokens, segments))[0, len(prefix) - 1]
@@ -130,7 +130,7 @@ def test_generation_ends_when_every_row_has_stopped(model, monkeypatch):
         jax.debug.callback(lambda: steps.append(1))
         return draw(*args)
 
-    monkeypatch.setattr(generation, "draw", counted)
+    monkeypatch.setattr(decoding, "draw", counted)
     # A bucket of its own, so that the counter is compiled in.
     completions = models.generate(
         model,
@@ -142,17 +142,20 @@ def test_generation_ends_when_every_row_has_stopped(model, monkeypatch):
     )
     jax.effects_barrier()
     assert all(completion.finished for completion in completions)
-    assert len(steps) == max(len(completion.tokens) for completion in completions) > 1
+    # The first token of a text is drawn when it begins, each of them on its own here.
+    assert len(steps) == 6 + max(len(completion.tokens) for completion in completions) - 1 > 6
 
 
 def truncated(log_probs, sampling):
-    """Temperature, top-k, top-p one after another, in float64, from their definitions."""
+    """Temperature, top-k, top-p, min-p one after another, in float64, from their definitions."""
     probs = scipy.special.softmax(log_probs / sampling.temperature)
     order = np.argsort(-probs)
     kept = order[: sampling.top_k or len(order)]
     if sampling.top_p:
         mass = np.cumsum(probs[kept]) / probs[kept].sum()
         kept = kept[: np.searchsorted(mass, sampling.top_p) + 1]
+    if sampling.min_p:
+        kept = kept[probs[kept] >= sampling.min_p * probs[kept].max()]
     out = np.zeros_like(probs)
     out[kept] = probs[kept] / probs[kept].sum()
     return out
@@ -164,6 +167,7 @@ def truncated(log_probs, sampling):
         (Sampling(temperature=1.5), None),
         (Sampling(top_k=3), 3),
         (Sampling(temperature=0.8, top_k=12, top_p=0.7), None),
+        (Sampling(temperature=1.2, top_p=0.95, min_p=0.3), None),
     ],
 )
 def test_pairs_of_tokens_have_the_right_frequencies(model, next_log_probs, sampling, support):
@@ -176,14 +180,20 @@ def test_pairs_of_tokens_have_the_right_frequencies(model, next_log_probs, sampl
         seeds=range(draws),
         batch_rows=draws,
     )
-    counts = np.zeros((23, 23))
-    np.add.at(counts, tuple(np.array([completion.tokens for completion in completions]).T), 1)
     first = truncated(next_log_probs(prompt), sampling)
     second = [truncated(next_log_probs([*prompt, token]), sampling) for token in range(23)]
-    expected = first[:, None] * np.array(second) * draws
-    assert not counts[expected == 0].any()
+    expected = first[:, None] * np.array(second)
     if support:
         assert (expected > 0).sum() == support**2
+    assert_frequencies(completions, expected)
+
+
+def assert_frequencies(completions, probabilities):
+    """Texts of two tokens come as often as their probabilities [V, V] say."""
+    counts = np.zeros_like(probabilities)
+    np.add.at(counts, tuple(np.array([completion.tokens for completion in completions]).T), 1)
+    expected = probabilities * len(completions)
+    assert not counts[expected == 0].any()
     large = expected >= 5
     observed = [*counts[large], counts[~large].sum()]
     wanted = [*expected[large], expected[~large].sum()]
@@ -239,6 +249,7 @@ def test_no_prompts_give_no_completions(model):
         ({"seeds": [1, -1]}, "seed 1 is -1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": 10**6}, "passes the model's context"),
+        ({"batch_rows": 0}, "batch_rows is 0"),
     ],
 )
 def test_wrong_requests_are_refused(model, change, complaint):
@@ -248,7 +259,14 @@ def test_wrong_requests_are_refused(model, change, complaint):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 1.1}]
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 1.1},
+        {"min_p": 0.0},
+    ],
 )
 def test_wrong_sampling_is_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):

@@ -1,0 +1,245 @@
+"""Which text is written in which row, and when: continuous batching (Orca, Yu et al. 2022).
+
+A fixed number of rows is written side by side. When some have ended, waiting texts take their
+place; texts with the same prompt share one reading of it. Every size that a program is compiled
+for comes from a short list, so that a few programs serve requests of all lengths.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+
+from distill_jax.models import decoding
+from distill_jax.models.llama import Model, Params
+
+_READ_AT_ONCE = 8  # an eighth of the rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one text has gained.
+
+    Attributes:
+      text: which.
+      tokens: new ids.
+      log_probs_MT: of these under each model.
+    """
+
+    text: int
+    tokens: list[int]
+    log_probs_MT: np.ndarray
+
+
+@dataclasses.dataclass
+class _Row:
+    """The text that is being written in a row.
+
+    Attributes:
+      text: which.
+      held: tokens in the cache.
+      left: how many more may come.
+    """
+
+    text: int
+    held: int
+    left: int
+
+
+@dataclasses.dataclass
+class _Read:
+    """Prompts on the devices, and the texts (prompt among these, text) that are to begin there."""
+
+    prompts: decoding.Prompts
+    slots: int
+    waiting: collections.deque[tuple[int, int]]
+    lengths: Sequence[int]
+
+
+class Batch:
+    """Texts that are written at the same time."""
+
+    def __init__(
+        self,
+        setup: decoding.Setup,
+        params: tuple[Params, ...],
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        stop_ids: Sequence[int],
+        limit: int,
+        most_rows: int,
+    ):
+        self._setup, self._params = setup, params
+        self._prompts, self._seeds, self._limit = prompts, seeds, limit
+        self._stops = frozenset(stop_ids)
+        self._stop_ids = jnp.asarray(tuple(stop_ids) or (-1,), jnp.int32)
+        # Prompts of about the same length waste the least padding.
+        groups = _texts_by_prompt(prompts)
+        self._groups = collections.deque(sorted(groups, key=lambda group: len(group[0])))
+        shards = _shards(setup.rows)
+        count = _round_up(min(_power_of_two(len(prompts)), _power_of_two(most_rows)), shards)
+        self._read_at_once = _round_up(max(count // _READ_AT_ONCE, 1), shards)
+        self._rows: list[_Row | None] = [None] * count
+        self._read: _Read | None = None
+        # Made with the first prompts, whose length it is to hold.
+        self._state: Any = None
+        self._slots = self._slot = 0
+
+    def write(self, steps: int = decoding.STEPS) -> Iterator[Piece]:
+        """Writes all texts; `steps` is how many tokens a row gains before they are handed out."""
+        while self._groups or self._read or any(self._rows):
+            while None in self._rows and (self._groups or self._read):
+                yield from self._admit()
+            if any(self._rows):
+                yield from self._extend(steps)
+
+    def _admit(self) -> Iterator[Piece]:
+        """Begins as many of the texts whose prompts have been read as there are free rows."""
+        read = self._read = self._read or self._read_prompts()
+        source = np.full(len(self._rows), -1, np.int32)
+        seeds = np.zeros(len(self._rows), np.uint32)
+        for index, row in enumerate(self._rows):
+            if row is None and read.waiting:
+                source[index], text = read.waiting.popleft()
+                seeds[index] = self._seeds[text]
+                self._rows[index] = _Row(text, read.lengths[source[index]] - 1, self._limit)
+        if not read.waiting:
+            self._read = None
+        self._make_room(read.slots, 0)
+        self._state, written = decoding.admit(
+            self._setup,
+            self._state,
+            read.prompts,
+            self._slot,
+            self._put(source),
+            self._put(seeds),
+            self._stop_ids,
+            self._limit,
+        )
+        yield from self._note(written)
+
+    def _extend(self, steps: int) -> Iterator[Piece]:
+        rows = [row for row in self._rows if row]
+        steps = min(steps, decoding.STEPS, max(row.left for row in rows))
+        self._make_room(max(row.held for row in rows), steps)
+        # Rows stand idle until they are admitted, and reading prompts for few of them at a time
+        # costs too: a compromise, and none when nothing waits.
+        waits = bool(self._groups or self._read)
+        enough = max(len(self._rows) // 8, 1) if waits else len(self._rows)
+        self._state, written, taken = decoding.extend(
+            self._setup,
+            self._params,
+            self._state,
+            self._slot,
+            self._stop_ids,
+            self._limit,
+            steps,
+            enough,
+        )
+        self._slot += int(taken)
+        yield from self._note(written)
+
+    def _note(self, written: decoding.Written) -> Iterator[Piece]:
+        """Hands out what was written, and frees the rows whose texts have ended."""
+        token_RT, log_prob_MRT = _to_host(written)
+        for index, row in enumerate(self._rows):
+            count = int(np.sum(token_RT[index] >= 0))
+            if row is None or not count:
+                continue
+            tokens = token_RT[index, :count].tolist()
+            row.held += count
+            row.left -= count
+            if not row.left or tokens[-1] in self._stops:
+                self._rows[index] = None
+            yield Piece(row.text, tokens, log_prob_MRT[:, index, :count])
+
+    def _read_prompts(self) -> _Read:
+        count = min(self._read_at_once, len(self._groups))
+        groups = [self._groups.popleft() for _ in range(count)]
+        lengths = [len(prompt) for prompt, _ in groups]
+        slots = _bucket(max(lengths), 16, 4)
+        prompts_UP = np.zeros((self._read_at_once, slots), np.int32)
+        for index, (prompt, _) in enumerate(groups):
+            prompts_UP[index, slots - len(prompt) :] = prompt
+        length_U = np.zeros(self._read_at_once, np.int32)
+        length_U[:count] = lengths
+        prompts = decoding.read(
+            self._setup, self._params, self._put(prompts_UP), self._put(length_U)
+        )
+        texts = ((index, text) for index, (_, texts) in enumerate(groups) for text in texts)
+        return _Read(prompts, slots, collections.deque(texts), lengths)
+
+    def _make_room(self, before: int, after: int) -> None:
+        """Sees to it that so many slots lie before the next one, and so many from there on."""
+        size = max(_bucket(before + after, 64, 2), 128)
+        if self._state is None:
+            self._state = decoding.empty(self._setup, self._params, len(self._rows), size)
+            self._slots, self._slot = size, before
+        if before <= self._slot <= self._slots - after:
+            return
+        held = max((row.held for row in self._rows if row), default=0)
+        target = max(before, held)
+        # With room to spare, so that rows are not moved again at once.
+        size = max(self._slots, _bucket(target + after + decoding.STEPS, 64, 2))
+        self._state = decoding.move(self._setup, self._state, self._slot - target, slots=size)
+        self._slots, self._slot = size, target
+
+    def _put(self, array: np.ndarray) -> Array:
+        return jax.device_put(array, self._setup.rows)
+
+
+def cache_sharding(
+    model: Model, rows: jax.sharding.Sharding | None
+) -> jax.sharding.NamedSharding | None:
+    """Of keys and values [L, R, K, ., .]: heads as the weights that make them, rows as rows."""
+    weight = getattr(model.params["layers"]["attention"]["key"], "sharding", None)
+    mesh, axes = None, [None, None]
+    for index, (one, axis) in enumerate(((rows, 0), (weight, 2))):
+        if isinstance(one, jax.sharding.NamedSharding) and mesh in (None, one.mesh):
+            mesh = one.mesh
+            axes[index] = (*one.spec, None, None, None)[axis]
+    return None if mesh is None else jax.sharding.NamedSharding(mesh, jax.P(None, *axes))
+
+
+def _texts_by_prompt(prompts: Sequence[Sequence[int]]) -> list[tuple[Sequence[int], list[int]]]:
+    """Each different prompt, and the indices at which it stands."""
+    texts: dict[tuple[int, ...], list[int]] = {}
+    for text, prompt in enumerate(prompts):
+        texts.setdefault(tuple(prompt), []).append(text)
+    return list(texts.items())
+
+
+def _shards(sharding: jax.sharding.Sharding | None) -> int:
+    """Into how many parts rows are cut."""
+    if sharding is None:
+        return 1
+    return sharding.num_devices // sharding.shard_shape((sharding.num_devices,))[0]
+
+
+def _power_of_two(size: int) -> int:
+    """The first one that is at least `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _bucket(size: int, smallest: int, parts: int) -> int:
+    """A size of at least `size`, of `parts` for every doubling, in steps of at least `smallest`."""
+    return _round_up(size, max(smallest, _power_of_two(size) // (2 * parts)))
+
+
+def _to_host(tree: Any) -> Any:
+    def fetch(array: Array) -> np.ndarray:
+        if array.is_fully_addressable:
+            return np.asarray(array)
+        return multihost_utils.process_allgather(array, tiled=True)
+
+    return jax.tree.map(fetch, tree)
