@@ -137,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    generate.add_argument("--top-k", type=int, help="draw from so many tokens only")
+    generate.add_argument("--top-p", type=float, help="and from this share of the probability")
+    generate.add_argument("--min-p", type=float, help="and of this part of the likeliest's")
     generate.add_argument("--seed", type=int, default=0)
     inspect = add("inspect", "show what a file or directory of a run holds", _inspect)
     inspect.add_argument("artifact", help="a store, a stage's directory, a model, or a plan")
@@ -313,17 +316,29 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
         stop_ids.append(posttraining.end_of_turn(tokenizer))
     else:
         prompt = tokenizer.encode(options.prompt, bos=tokenizer.adds_bos)
+    piece = tokenizer.stream()
+
+    def show(_: int, tokens: list[int]) -> None:
+        text = "".join(piece(token) for token in tokens if token not in stop_ids)
+        print(text, end="", flush=True)
+
     (completion,) = models.generate(
         model,
         [prompt],
         max_new_tokens=options.max_new_tokens,
-        sampling=models.Sampling(temperature=options.temperature),
+        sampling=models.Sampling(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+        ),
         seeds=[options.seed],
         stop_ids=tuple(sorted(set(stop_ids))),
+        on_tokens=None if options.json else show,
     )
-    text = tokenizer.decode(token for token in completion.tokens if token not in stop_ids)
     if not options.json:
-        print(text)
+        print()
+    text = tokenizer.decode(token for token in completion.tokens if token not in stop_ids)
     return {"text": text, "tokens": len(completion.tokens), "finished": completion.finished}
 
 

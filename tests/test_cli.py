@@ -1,9 +1,13 @@
+import json
 import pathlib
 import socket
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from distill_jax import cli, parallel
+from distill_jax import cli, data, models, parallel
 
 TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny.py")
 
@@ -67,6 +71,37 @@ def test_a_job_without_its_first_process_says_so_and_is_to_be_tried_again(capsys
     assert line.startswith(
         f"distill-jax: error: process 0 of 2 did not answer at {address} in 0.3 s ("
     )
+
+
+def test_generate_prints_the_text_as_it_is_written(capsys, monkeypatch, tmp_path):
+    tokenizer = data.train_tokenizer(["abc abd aab bca cab"] * 4, 275)
+    config = models.LlamaConfig(
+        vocab_size=tokenizer.vocab_size, embed=8, mlp=8, layers=1, heads=2, kv_heads=1, head_dim=4,
+        tied=False,
+    )  # fmt: skip
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype),
+        models.abstract_params(config),
+    )
+    # Only letters and what was merged of them, so that every token is text of its own.
+    letters = [*map(tokenizer.token_id, "abc"), *range(259, tokenizer.vocab_size)]
+    plain = np.isin(np.arange(tokenizer.vocab_size), letters)
+    params["final_norm"] = params["final_norm"] * 0 + 1
+    params["unembedding"] = jnp.where(plain, params["unembedding"], 0)
+    monkeypatch.setattr(models, "load", lambda _: models.Model(config, params))
+    monkeypatch.setattr(data, "load_tokenizer", lambda _: tokenizer)
+    command = ["generate", "model", "--prompt", "abc", "--max-new-tokens", "10", "--min-p", "0.5"]
+    assert cli.main([*command, "--temperature", "0.5", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["tokens"] == 10
+    flushed = []
+    monkeypatch.setattr(
+        cli, "print", lambda *text, **_: flushed.append("".join(text)), raising=False
+    )
+    assert cli.main([*command, "--temperature", "0.5"]) == 0
+    assert "".join(flushed) == said["text"]
+    assert len([piece for piece in flushed if piece]) > 2
 
 
 def test_help_teaches(capsys):

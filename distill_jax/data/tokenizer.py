@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tokenizers
@@ -75,6 +75,14 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens spelled out."""
         return self._plain.decode([int(id_) for id_ in ids], skip_special_tokens=False)
+
+    def stream(self) -> Callable[[int], str]:
+        """A function that takes the ids of one text, one by one, and gives what each adds to it.
+
+        A character of several tokens comes whole, with the last of them.
+        """
+        stream = decoders.DecodeStream(skip_special_tokens=False)
+        return lambda id_: stream.step(self._plain, id_) or ""
 
     @functools.cached_property
     def vocab_size(self) -> int:

@@ -16,6 +16,18 @@ def test_decode_of_encode_is_the_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@given(text=st.text())
+@examples
+def test_a_stream_gives_the_text_piece_by_piece(tokenizer, text):
+    text = text.replace("\ufffd", "")  # stands for a character that is not whole yet
+    piece = tokenizer.stream()
+    so_far = ""
+    for id_ in tokenizer.encode(text):
+        so_far += piece(id_)
+        assert text.startswith(so_far)
+    assert so_far == text
+
+
 def test_special_tokens_in_text_stay_text(tokenizer):
     text = "a<|end_of_text|>b"
     ids = tokenizer.encode(text)
