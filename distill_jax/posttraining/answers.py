@@ -43,12 +43,12 @@ def answer(
     max_new_tokens: int,
     template: str | None = None,
 ) -> list[Answer]:
-    """One answer to each problem, generated in one batch.
+    """One answer to each problem, all generated together.
 
     Args:
       model: answers.
       tokenizer: the model's.
-      problems: the questions; a problem that stands there twice is answered twice.
+      problems: the questions; a problem that stands there twice is read once and answered twice.
       sampling: temperature and truncation.
       seeds: one a problem.
       max_new_tokens: where an answer that does not end is cut off.

@@ -63,7 +63,7 @@ def sample(
     problems: Sequence[Problem],
     config: RejectionConfig,
 ) -> list[dict[str, Any]]:
-    """Draws and scores `config.samples` answers to each problem, in one batch.
+    """Draws and scores `config.samples` answers to each problem, whose prompt is read once.
 
     Returns:
       One JSON object a problem: "task", "prompt", "answer"; "samples", each with "text", "tokens"

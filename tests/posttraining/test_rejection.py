@@ -3,10 +3,12 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from distill_jax import models
 from distill_jax.artifacts import InputError
+from distill_jax.models import decoding
 from distill_jax.posttraining import (
     Problem,
     RejectionConfig,
@@ -79,6 +81,21 @@ def test_samples_are_what_the_model_draws_for_their_seed(tokenizer, random_model
     assert one["text"] == tokenizer.decode(one["tokens"])
     assert one["score"] == score(one["text"], problem)
     assert (record["chosen"], record["rejected"]) == choose(record["samples"], 0.5)
+
+
+def test_samples_of_a_problem_read_its_prompt_once(tokenizer, random_model, monkeypatch):
+    read, prompts = decoding.read, []
+
+    def counted(setup, params, prompts_UP, length_U):
+        prompts.extend(length for length in np.asarray(length_U) if length)
+        return read(setup, params, prompts_UP, length_U)
+
+    monkeypatch.setattr(decoding, "read", counted)
+    records = rejection.sample(
+        random_model(tokenizer.vocab_size), tokenizer, TASK, PROBLEMS[:2], CONFIG
+    )
+    assert [len(record["samples"]) for record in records] == [4, 4]
+    assert len(prompts) == 2
 
 
 def test_chosen_answers_keep_their_tokens_and_learn_to_end(tokenizer):
