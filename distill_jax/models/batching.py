@@ -76,6 +76,7 @@ class Batch:
         most_rows: int,
     ):
         self._setup, self._params = setup, params
+        self._weights = decoding.arrange(setup, params)
         self._prompts, self._seeds, self._limit = prompts, seeds, limit
         self._stops = frozenset(stop_ids)
         self._stop_ids = jnp.asarray(tuple(stop_ids) or (-1,), jnp.int32)
@@ -134,7 +135,7 @@ class Batch:
         enough = max(len(self._rows) // 8, 1) if waits else len(self._rows)
         self._state, written, taken = decoding.extend(
             self._setup,
-            self._params,
+            self._weights,
             self._state,
             self._slot,
             self._stop_ids,
@@ -197,14 +198,14 @@ class Batch:
 def cache_sharding(
     model: Model, rows: jax.sharding.Sharding | None
 ) -> jax.sharding.NamedSharding | None:
-    """Of keys and values [L, R, K, ., .]: heads as the weights that make them, rows as rows."""
+    """Of keys and values [R, K, ., .]: heads as the weights that make them, rows as rows."""
     weight = getattr(model.params["layers"]["attention"]["key"], "sharding", None)
     mesh, axes = None, [None, None]
     for index, (one, axis) in enumerate(((rows, 0), (weight, 2))):
         if isinstance(one, jax.sharding.NamedSharding) and mesh in (None, one.mesh):
             mesh = one.mesh
             axes[index] = (*one.spec, None, None, None)[axis]
-    return None if mesh is None else jax.sharding.NamedSharding(mesh, jax.P(None, *axes))
+    return None if mesh is None else jax.sharding.NamedSharding(mesh, jax.P(*axes))
 
 
 def _texts_by_prompt(prompts: Sequence[Sequence[int]]) -> list[tuple[Sequence[int], list[int]]]:

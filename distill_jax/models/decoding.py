@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from distill_jax.models import decode_step
 from distill_jax.models.config import LlamaConfig
+from distill_jax.models.decode_step import Cache, Weights
 from distill_jax.models.llama import (
-    Attend,
     Params,
     merge,
     segment_attention,
@@ -42,7 +43,7 @@ class Setup:
       sampling: how tokens are drawn.
       teacher_share: the teacher's part of the mixture that is drawn from.
       rows: how rows lie on devices.
-      caches: how each model's keys and values do, [L, R, K, ., .].
+      caches: how each model's keys and values do, [R, K, ., .].
     """
 
     configs: tuple[LlamaConfig, ...]
@@ -50,13 +51,6 @@ class Setup:
     teacher_share: float
     rows: jax.sharding.Sharding | None
     caches: tuple[jax.sharding.Sharding | None, ...]
-
-
-class Cache(NamedTuple):
-    """One model's keys and values; the slots of a key's component lie side by side."""
-
-    key_LRKCS: Array
-    value_LRKSC: Array
 
 
 class Rows(NamedTuple):
@@ -67,7 +61,7 @@ class Rows(NamedTuple):
     count_R: Array
     token_R: Array
     done_R: Array
-    caches: tuple[Cache, ...]
+    caches: tuple[tuple[Cache, ...], ...]
 
 
 class Prompts(NamedTuple):
@@ -75,7 +69,7 @@ class Prompts(NamedTuple):
 
     length_U: Array
     logits_MUV: tuple[Array, ...]
-    caches: tuple[Cache, ...]
+    caches: tuple[tuple[Cache, ...], ...]
 
 
 class Written(NamedTuple):
@@ -85,15 +79,23 @@ class Written(NamedTuple):
     log_prob_MRT: Array
 
 
+@functools.partial(jax.jit, static_argnames="setup")
+def arrange(setup: Setup, params: tuple[Params, ...]) -> tuple[Weights, ...]:
+    """The models' weights as `extend` uses them: a copy of all layers."""
+    return tuple(map(decode_step.arrange, setup.configs, params))
+
+
 @functools.partial(jax.jit, static_argnames=("setup", "rows", "slots"))
 def empty(setup: Setup, params: tuple[Params, ...], rows: int, slots: int) -> Rows:
     """Rows that are done, with room for `slots` tokens in each."""
 
-    def cache(config: LlamaConfig, tree: Params) -> Cache:
-        shape = (config.layers, rows, config.kv_heads)
+    def caches(config: LlamaConfig, tree: Params) -> tuple[Cache, ...]:
+        heads, size = (rows, config.kv_heads), config.head_dim
         dtype = tree["layers"]["attention"]["key"].dtype
-        key = jnp.zeros((*shape, config.head_dim, slots), dtype)
-        return Cache(key, jnp.zeros((*shape, slots, config.head_dim), dtype))
+        return tuple(
+            Cache(jnp.zeros((*heads, size, slots), dtype), jnp.zeros((*heads, slots, size), dtype))
+            for _ in range(config.layers)
+        )
 
     # One array each: what takes them uses them up.
     empty_rows = Rows(
@@ -102,7 +104,7 @@ def empty(setup: Setup, params: tuple[Params, ...], rows: int, slots: int) -> Ro
         count_R=jnp.zeros(rows, jnp.int32),
         token_R=jnp.zeros(rows, jnp.int32),
         done_R=jnp.ones(rows, bool),
-        caches=tuple(map(cache, setup.configs, params)),
+        caches=tuple(map(caches, setup.configs, params)),
     )
     return _lay(setup, empty_rows)
 
@@ -121,9 +123,16 @@ def read(setup: Setup, params: tuple[Params, ...], prompts_UP: Array, length_U: 
     logits, caches = [], []
     for config, tree in zip(setup.configs, params):
         model = merge(config, tree)
-        hidden_UPD, cache, _ = model(prompts_UP, segment_positions(segments_UP), attend)
-        logits.append(_logits(tree, hidden_UPD[:, -1]))
-        caches.append(cache)
+        hidden_UPD, stacked, _ = model(prompts_UP, segment_positions(segments_UP), attend)
+        logits.append(
+            jnp.einsum(
+                "UD,DV->UV",
+                hidden_UPD[:, -1],
+                unembedding(tree),
+                preferred_element_type=jnp.float32,
+            )
+        )
+        caches.append(decode_step.unstack(stacked, config.layers))
     return Prompts(length_U, tuple(logits), tuple(caches))
 
 
@@ -155,12 +164,15 @@ def admit(
     def place(past: Array, read: Array, axis: int) -> Array:
         size = read.shape[axis]
         old = jax.lax.dynamic_slice_in_dim(past, slot - size, size, axis)
-        chosen = jnp.where(new_R[:, None, None, None], read[:, source_R], old)
+        chosen = jnp.where(new_R[:, None, None, None], read[source_R], old)
         return jax.lax.dynamic_update_slice_in_dim(past, chosen, slot - size, axis)
 
     caches = tuple(
-        Cache(place(past.key_LRKCS, one.key_LRKCS, 4), place(past.value_LRKSC, one.value_LRKSC, 3))
-        for past, one in zip(rows.caches, prompts.caches)
+        tuple(
+            Cache(place(past.key_RKCS, new.key_RKCS, 3), place(past.value_RKSC, new.value_RKSC, 2))
+            for past, new in zip(*layers)
+        )
+        for layers in zip(rows.caches, prompts.caches)
     )
     begun = Rows(
         seed_R=jnp.where(new_R, seed_R, rows.seed_R),
@@ -179,7 +191,7 @@ def admit(
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="rows")
 def extend(
     setup: Setup,
-    params: tuple[Params, ...],
+    weights: tuple[Weights, ...],
     rows: Rows,
     slot: Array,
     stop_ids: Array,
@@ -191,7 +203,7 @@ def extend(
 
     Args:
       setup: what this is compiled for.
-      params: of the models.
+      weights: of the models.
       rows: are used up.
       slot: where the next token of all rows goes.
       stop_ids: tokens that end a text.
@@ -209,7 +221,7 @@ def extend(
 
     def one(state: tuple[Array, Rows, Written]) -> tuple[Array, Rows, Written]:
         step, rows, written = state
-        rows, logits = _decode(setup, params, rows, slot + step)
+        rows, logits = _decode(setup, weights, rows, slot + step)
         rows, token_R, log_prob_MR = _write(setup, rows, logits, stop_ids, limit)
         written = Written(
             written.token_RT.at[:, step].set(token_R),
@@ -218,7 +230,7 @@ def extend(
         return step + 1, rows, written
 
     shape = (rows.done_R.shape[0], STEPS)
-    none = Written(jnp.full(shape, -1, jnp.int32), jnp.zeros((len(params), *shape), jnp.float32))
+    none = Written(jnp.full(shape, -1, jnp.int32), jnp.zeros((len(weights), *shape), jnp.float32))
     step, rows, written = jax.lax.while_loop(unfinished, one, (jnp.int32(0), rows, none))
     return _lay(setup, rows), written, step
 
@@ -234,7 +246,8 @@ def move(setup: Setup, rows: Rows, shift: Array, *, slots: int) -> Rows:
         return jnp.roll(jnp.pad(past, more), -shift, axis)
 
     caches = tuple(
-        Cache(moved(cache.key_LRKCS, 4), moved(cache.value_LRKSC, 3)) for cache in rows.caches
+        tuple(Cache(moved(layer.key_RKCS, 3), moved(layer.value_RKSC, 2)) for layer in layers)
+        for layers in rows.caches
     )
     return _lay(setup, rows._replace(start_R=rows.start_R - shift, caches=caches))
 
@@ -246,17 +259,11 @@ def _lay(setup: Setup, rows: Rows) -> Rows:
         return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
 
     caches = tuple(
-        jax.tree.map(lambda leaf, sharding=sharding: pin(leaf, sharding), cache)
+        jax.tree.map(functools.partial(pin, sharding=sharding), cache)
         for cache, sharding in zip(rows.caches, setup.caches)
     )
     vectors = jax.tree.map(lambda leaf: pin(leaf, setup.rows), rows._replace(caches=()))
     return vectors._replace(caches=caches)
-
-
-def _logits(params: Params, hidden_RD: Array) -> Array:
-    return jnp.einsum(
-        "RD,DV->RV", hidden_RD, unembedding(params), preferred_element_type=jnp.float32
-    )
 
 
 def _write(
@@ -265,15 +272,18 @@ def _write(
     """Draws the next token of every row: (rows, tokens [R] or -1, log-probabilities [M, R])."""
     keys_R = jax.vmap(jax.random.key)(rows.seed_R)
     keys_R = jax.vmap(jax.random.fold_in)(keys_R, rows.count_R)
-    log_probs_MRV = [jax.nn.log_softmax(logits_RV) for logits_RV in logits_MRV]
+    log_sum_MR1 = [jax.nn.logsumexp(one, axis=-1, keepdims=True) for one in logits_MRV]
     drawn_from_RV = logits_MRV[0]
     if len(logits_MRV) == 2:
-        student_RV, teacher_RV = log_probs_MRV
+        student_RV, teacher_RV = (one - total for one, total in zip(logits_MRV, log_sum_MR1))
         share = setup.teacher_share
         drawn_from_RV = jnp.logaddexp(teacher_RV + math.log(share), student_RV + math.log1p(-share))
     token_R = draw(drawn_from_RV, keys_R, setup.sampling)
     log_prob_MR = jnp.stack(
-        [jnp.take_along_axis(one, token_R[:, None], axis=-1)[:, 0] for one in log_probs_MRV]
+        [
+            (jnp.take_along_axis(one, token_R[:, None], axis=-1) - total)[:, 0]
+            for one, total in zip(logits_MRV, log_sum_MR1)
+        ]
     )
     live_R = ~rows.done_R
     count_R = rows.count_R + live_R
@@ -285,44 +295,12 @@ def _write(
 
 
 def _decode(
-    setup: Setup, params: tuple[Params, ...], rows: Rows, slot: Array
+    setup: Setup, weights: tuple[Weights, ...], rows: Rows, slot: Array
 ) -> tuple[Rows, list[Array]]:
     """Puts every row's last token into the caches, at `slot`; each model's next logits [R, V]."""
-    slots = jnp.arange(rows.caches[0].key_LRKCS.shape[-1])
-    filled_RS = (slots >= rows.start_R[:, None]) & (slots < slot)
-    position_R1 = (slot - rows.start_R)[:, None]
     logits, caches = [], []
-    for config, tree, cache in zip(setup.configs, params, rows.caches):
-        hidden_R1D, new, _ = merge(config, tree)(
-            rows.token_R[:, None], position_R1, _cached_attention(filled_RS), cache
-        )
-        logits.append(_logits(tree, hidden_R1D[:, 0]))
-        put = jax.lax.dynamic_update_index_in_dim
-        key = put(cache.key_LRKCS, new.key_LRKCS, slot, 4)
-        caches.append(Cache(key, put(cache.value_LRKSC, new.value_LRKSC, slot, 3)))
+    for config, model, past in zip(setup.configs, weights, rows.caches):
+        logits_RV, new = decode_step.forward(config, model, past, rows.token_R, rows.start_R, slot)
+        logits.append(logits_RV)
+        caches.append(new)
     return rows._replace(caches=tuple(caches)), logits
-
-
-def _cached_attention(filled_RS: Array) -> Attend:
-    """Attention of one new token to the cache's filled slots and to itself.
-
-    Layers only read the cache and return the new token's key and value [R, K, C]: the caller
-    writes those of all layers at once, instead of copying the whole cache in every step.
-    """
-
-    def attend(query: Array, key: Array, value: Array, cache: Cache) -> tuple[Array, Cache]:
-        key_RKCS, value_RKSC = cache
-        rows, _, heads, head_dim = query.shape
-        query_RKGC = query.reshape(rows, key_RKCS.shape[1], -1, head_dim) * head_dim**-0.5
-        key_RKC, value_RKC = key[:, 0], value[:, 0]
-        dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        past = jnp.where(
-            filled_RS[:, None, None], dot("RKGC,RKCS->RKGS", query_RKGC, key_RKCS), -jnp.inf
-        )
-        own = dot("RKGC,RKC->RKG", query_RKGC, key_RKC)[..., None]
-        weights = jax.nn.softmax(jnp.concatenate((past, own), axis=-1)).astype(value.dtype)
-        out = jnp.einsum("RKGS,RKSC->RKGC", weights[..., :-1], value_RKSC)
-        out += weights[..., -1:] * value_RKC[:, :, None]
-        return out.reshape(rows, 1, heads, head_dim), Cache(key_RKC, value_RKC)
-
-    return attend

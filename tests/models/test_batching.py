@@ -62,7 +62,7 @@ def counted(monkeypatch, name):
 
     def call(*arguments, **options):
         # Before the call, which uses the rows up.
-        slots = [a.caches[0].key_LRKCS.shape[-1] for a in arguments
+        slots = [a.caches[0][0].key_RKCS.shape[-1] for a in arguments
                  if isinstance(a, decoding.Rows)]  # fmt: skip
         result = step(*arguments, **options)
         calls.append((arguments, result, slots))
@@ -72,11 +72,10 @@ def counted(monkeypatch, name):
     return calls
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.5)])
-def test_rows_that_end_are_given_to_waiting_texts(model, score, monkeypatch, sampling):
+def test_rows_that_end_are_given_to_waiting_texts(model, score, monkeypatch):
     prompts = uneven_prompts(40)
     kwargs = {
-        "max_new_tokens": 60, "sampling": sampling, "seeds": range(40), "stop_ids": STOPS,
+        "max_new_tokens": 60, "sampling": Sampling(), "seeds": range(40), "stop_ids": STOPS,
     }  # fmt: skip
     calls = counted(monkeypatch, "extend")
     refilled = models.generate(model, prompts, batch_rows=8, **kwargs)
@@ -85,15 +84,12 @@ def test_rows_that_end_are_given_to_waiting_texts(model, score, monkeypatch, sam
     for prompt, text in zip(prompts, refilled):
         expected = score(model, prompt, text.tokens)
         np.testing.assert_allclose(text.log_probs, of_drawn(expected, text.tokens), atol=1e-5)
-        if sampling is GREEDY:
-            assert text.tokens == expected.argmax(axis=-1).tolist()
         assert text.finished == (text.tokens[-1] in STOPS)
         assert text.finished or len(text.tokens) == 60
     # One batch after another takes as many steps as the longest of each.
     lengths = [len(refilled[text].tokens) for text in np.argsort([len(p) for p in prompts])]
     in_turn = sum(max(lengths[first : first + 8]) - 1 for first in range(0, 40, 8))
-    # Greedy texts of a random model go round in circles, and few of them end early.
-    assert steps < (1.0 if sampling is GREEDY else 0.75) * in_turn
+    assert steps < 0.75 * in_turn
 
 
 def test_the_cache_grows_with_the_texts_and_stays_exact(model, score, monkeypatch):
@@ -209,9 +205,9 @@ def test_eight_devices_write_what_one_writes(model, monkeypatch):
     rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
     assert_close(models.generate(spread(model, mesh), prompts, sharding=rows, **kwargs), expected)
     for _, (state, _, _), _ in calls:
-        for leaf in state.caches[0]:
-            assert leaf.sharding.spec[:3] == (None, ("data", "fsdp"), "tensor")
-            assert leaf.sharding.shard_shape(leaf.shape)[1:3] == (2, 1)
+        for leaf in jax.tree.leaves(state.caches):
+            assert leaf.sharding.spec[:2] == (("data", "fsdp"), "tensor")
+            assert leaf.sharding.shard_shape(leaf.shape)[:2] == (2, 1)
         assert state.token_R.sharding.spec[0] == ("data", "fsdp")
 
 

@@ -164,10 +164,8 @@ def truncated(log_probs, sampling):
 @pytest.mark.parametrize(
     ("sampling", "support"),
     [
-        (Sampling(temperature=1.5), None),
         (Sampling(top_k=3), 3),
-        (Sampling(temperature=0.8, top_k=12, top_p=0.7), None),
-        (Sampling(temperature=1.2, top_p=0.95, min_p=0.3), None),
+        (Sampling(temperature=0.8, top_k=20, top_p=0.95, min_p=0.1), None),
     ],
 )
 def test_pairs_of_tokens_have_the_right_frequencies(model, next_log_probs, sampling, support):
@@ -201,29 +199,6 @@ def assert_frequencies(completions, probabilities):
         observed, wanted = observed[:-1], wanted[:-1]
     assert len(wanted) > 8
     assert scipy.stats.chisquare(observed, wanted).pvalue > 0.001
-
-
-def test_rows_and_parameters_may_be_spread_over_devices(model):
-    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "tensor"))
-    mesh_axis = {"mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "embed": "data"}
-    params = jax.tree.map(
-        lambda axes, leaf: jax.device_put(
-            leaf, jax.NamedSharding(mesh, jax.P(*map(mesh_axis.get, axes)))
-        ),
-        models.logical_axes(CONFIG),
-        model.params,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-    kwargs = {"max_new_tokens": 20, "sampling": Sampling(), "seeds": range(6)}
-    assert_close(
-        models.generate(
-            models.Model(CONFIG, params),
-            PROMPTS,
-            sharding=jax.NamedSharding(mesh, jax.P("data")),
-            **kwargs,
-        ),
-        models.generate(model, PROMPTS, **kwargs),
-    )
 
 
 def test_bfloat16_parameters_generate(model, next_log_probs):
