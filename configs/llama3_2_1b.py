@@ -56,7 +56,7 @@ def get_config(tokens: Literal["1B", "100B"] = "100B") -> Recipe:
             write=WriteConfig(batch_rows=64, rows_per_shard=4096),
         ),
         pruned_teacher="8b",
-        prune=PruneConfig(target=presets.LLAMA_3_2_1B),
+        prune=PruneConfig(target=presets.LLAMA_3_2_1B, sequence_rows=256),
         distill=DistillConfig(
             terms={"8b": Term(weight=0.45), "70b": Term(weight=0.45)},
             hard_weight=0.1,

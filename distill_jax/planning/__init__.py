@@ -2,7 +2,8 @@
 
 from distill_jax.planning.command import compile_stage, parse_mesh
 from distill_jax.planning.compiling import answer, recommended, sweep, would_fit
-from distill_jax.planning.programs import Choice, Program, Stage, stage_programs
+from distill_jax.planning.program import Choice, Program, Stage
+from distill_jax.planning.programs import stage_programs
 from distill_jax.planning.report import Report, make_report
 from distill_jax.planning.worker import Question
 

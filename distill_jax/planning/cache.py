@@ -10,7 +10,7 @@ from typing import Any
 
 from distill_jax import artifacts
 from distill_jax.parallel import Topology
-from distill_jax.planning.programs import Choice, Stage
+from distill_jax.planning.program import Choice, Stage
 from distill_jax.planning.report import Report
 from distill_jax.recipe import Recipe, to_json
 from distill_jax.teachers.cache import CACHE

@@ -24,7 +24,7 @@ from distill_jax.planning.compiling import (
     worst,
     would_fit,
 )
-from distill_jax.planning.programs import Choice
+from distill_jax.planning.program import Choice
 from distill_jax.planning.report import Report
 from distill_jax.planning.worker import Question
 

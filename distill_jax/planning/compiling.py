@@ -9,7 +9,7 @@ from distill_jax.artifacts import InputError
 from distill_jax.models.llama import Remat
 from distill_jax.parallel import MeshConfig, Topology
 from distill_jax.planning import cache, worker
-from distill_jax.planning.programs import Choice
+from distill_jax.planning.program import Choice
 from distill_jax.planning.report import Report, crashed_report
 from distill_jax.planning.shapes import known_teachers
 from distill_jax.planning.worker import Question

@@ -7,79 +7,30 @@ and the shapes of a batch from the code that makes batches.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from distill_jax import data, models, parallel, posttraining, pruning, teachers, training
+from distill_jax import data, models, parallel, posttraining, teachers, training
 from distill_jax.artifacts import InputError
-from distill_jax.models.llama import Remat
+from distill_jax.planning.cuts import prune_programs
+from distill_jax.planning.program import (
+    ONE_DOCUMENT,
+    Choice,
+    Program,
+    Stage,
+    described,
+    kernel_share_of,
+    rows_at_a_time,
+)
 from distill_jax.planning.shapes import placed_params, student_shape, teacher_shape
 from distill_jax.posttraining.rows import to_record
-from distill_jax.pruning import activations, surgery
-from distill_jax.pruning.importance import random_scores
 from distill_jax.recipe import PostTrainingConfig, Recipe
 from distill_jax.stages import posttraining as stages_of_posttraining
 from distill_jax.stages import students
 from distill_jax.teachers.rows import inputs
-
-Stage = Literal["distill", "targets", "prune", "sft", "dpo"]
-"""The stages whose work grows with the model, the text and the slice."""
-
-PARTS = ("embedding", "attention", "mlp", "head", "optimizer")
-"""Named scopes of the programs, for which time is told apart."""
-
-_ONE_DOCUMENT = "a row counts as one document: attention inside of shorter ones does less"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice:
-    """What may be decided otherwise than the recipe does, without changing what is learnt.
-
-    Attributes:
-      batch: rows at a time on each of the devices over which rows are split; None: the recipe's.
-      remat: what the backward pass recomputes; None: the recipe's.
-      mesh: the arrangement of the devices; None: the recipe's.
-    """
-
-    batch: int | None = None
-    remat: Remat | None = None
-    mesh: parallel.MeshConfig | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
-    """One jitted function of a stage and what it is called with.
-
-    Attributes:
-      name: the stage, and which of its programs.
-      lower: traces it.
-      held: its arguments by what they are: "parameters", "optimizer", "batch".
-      mesh: its devices.
-      rows: of a batch, over all devices.
-      batch: rows on each of the devices over which they are split, at a time.
-      remat: what the backward pass recomputes; "none" where there is none.
-      tokens: of one execution.
-      flops: of one execution by formula, without what is computed twice.
-      kernel_share: share of the peak that Pallas calls are taken to reach.
-      total_tokens: of all executions of the stage; None if the recipe does not say.
-      notes: what was assumed.
-    """
-
-    name: str
-    lower: Callable[[], jax.stages.Lowered]
-    held: Mapping[str, Any]
-    mesh: Mesh
-    rows: int
-    batch: int
-    remat: Remat = "none"
-    tokens: int
-    flops: float
-    kernel_share: float
-    total_tokens: float | None = None
-    notes: tuple[str, ...] = ()
 
 
 def stage_programs(
@@ -107,7 +58,7 @@ def stage_programs(
     make: Mapping[Stage, Callable[[Recipe, Choice, Mesh], list[Program]]] = {
         "distill": _distill,
         "targets": functools.partial(_targets, teacher=teacher),
-        "prune": _prune,
+        "prune": prune_programs,
         "sft": _sft,
         "dpo": _dpo,
     }
@@ -135,7 +86,7 @@ def _distill(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
         mesh,
         context=length,
     )
-    notes += (f"stored ids of a token are as many as their scheme can keep: {ids}", _ONE_DOCUMENT)
+    notes += (f"stored ids of a token are as many as their scheme can keep: {ids}", ONE_DOCUMENT)
     return [_finished(program, recipe.distill.train, notes)]
 
 
@@ -148,7 +99,7 @@ def _sft(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
     loss_fn = stages_of_posttraining.sft_loss(config, shape, mesh)
     record = to_record([], length)
     program = _training("sft", shape, loss_fn, record, train, mesh, context=length)
-    return [_finished(program, recipe_config.sft_train, (*notes, _ONE_DOCUMENT))]
+    return [_finished(program, recipe_config.sft_train, (*notes, ONE_DOCUMENT))]
 
 
 def _dpo(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
@@ -190,7 +141,7 @@ def _training(
         remat=train.remat,
         tokens=tokens,
         flops=3 * shape.flops_per_token(context) * tokens,
-        kernel_share=_kernel_share(shape),
+        kernel_share=kernel_share_of(shape),
     )
 
 
@@ -214,7 +165,7 @@ def _targets(recipe: Recipe, choice: Choice, mesh: Mesh, *, teacher: str | None)
         raise InputError(f"--teacher: {teacher!r} is none of {', '.join(shapes)}")
     shape, notes = shapes[teacher]
     config, length = recipe.targets, recipe.corpus.sequence_length
-    rows = _rows(config.write.batch_rows, choice, mesh, "targets.write.batch_rows")
+    rows = rows_at_a_time(config.write.batch_rows, choice, mesh, "targets.write.batch_rows")
     sharding = parallel.batch_sharding(mesh)
     asking: Any = teachers.asking_of(
         shape, config.schemes, config.temperature, config.write, sharding
@@ -230,7 +181,7 @@ def _targets(recipe: Recipe, choice: Choice, mesh: Mesh, *, teacher: str | None)
         temperature=config.temperature,
         scheme=next(iter(config.schemes.values())),
     )
-    batch = tuple(_described(one[0], rows, sharding) for one in inputs(None, 1, identity))
+    batch = tuple(described(one[0], rows, sharding) for one in inputs(None, 1, identity))
     params = placed_params(shape, mesh)
     known = recipe.corpus.train_rows
     return [
@@ -243,72 +194,11 @@ def _targets(recipe: Recipe, choice: Choice, mesh: Mesh, *, teacher: str | None)
             batch=rows // parallel.row_shards(mesh),
             tokens=rows * length,
             flops=shape.flops_per_token(length) * rows * length,
-            kernel_share=_kernel_share(shape),
+            kernel_share=kernel_share_of(shape),
             total_tokens=None if known is None else float(known) * length,
-            notes=(*notes, _ONE_DOCUMENT),
+            notes=(*notes, ONE_DOCUMENT),
         )
     ]
-
-
-def _prune(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
-    """The scores of one calibration batch, and the cut."""
-    source, notes = teacher_shape(recipe, recipe.pruned_teacher)
-    if recipe.rounds:
-        raise InputError("prune: of a recipe with rounds it cannot be planned yet")
-    config, length = recipe.prune, recipe.corpus.sequence_length
-    target = dataclasses.replace(config.target, vocab_size=source.vocab_size)
-    rows = _rows(recipe.evaluation.batch_rows, choice, mesh, "evaluation.batch_rows")
-    params = placed_params(source, mesh)
-    arrays: dict[str, Any] = {
-        k: np.asarray(v, np.float32) for k, v in random_scores(source, 0).items()
-    }
-    scores = pruning.Scores(**arrays, method="", model="", rows="")
-    plan = pruning.make_plan(scores, source, target, kv_choice=config.kv_choice)
-    cut = surgery.jit_cut(plan, mesh)
-    shared: Any = {
-        "mesh": mesh,
-        "rows": rows,
-        "batch": rows // parallel.row_shards(mesh),
-        "kernel_share": _kernel_share(source),
-    }
-    programs = []
-    if config.method == "activation":
-        tokens_BT = _described(np.zeros(length, np.int32), rows, parallel.batch_sharding(mesh))
-        totals = jax.eval_shape(lambda: activations.zeros(source))
-        scoring = functools.partial(
-            activations.accumulate.lower, config=source, how=config.sequence_aggregation
-        )
-        programs.append(
-            Program(
-                name="prune scores",
-                lower=lambda: scoring(totals, params, tokens_BT, tokens_BT),
-                held={"parameters": params, "batch": (tokens_BT, tokens_BT)},
-                tokens=rows * length,
-                flops=source.flops_per_token(length) * rows * length,
-                total_tokens=float(config.calibration_rows) * length,
-                notes=(*notes, _ONE_DOCUMENT),
-                **shared,
-            )
-        )
-    note = "the repair and the other methods' scores are not planned; the cut moves memory only"
-    programs.append(
-        Program(
-            name="prune cut",
-            lower=lambda: cut.lower(params),
-            held={"parameters": params},
-            tokens=0,
-            flops=0.0,
-            total_tokens=None,
-            notes=(*notes, note),
-            **shared,
-        )
-    )
-    return programs
-
-
-def _kernel_share(shape: models.LlamaConfig) -> float:
-    # A head of 64 channels fills half of a matrix unit, and attention waits for its exponentials.
-    return 0.3 if shape.head_dim < 128 else 0.5
 
 
 def _posttraining(recipe: Recipe) -> PostTrainingConfig:
@@ -320,25 +210,12 @@ def _posttraining(recipe: Recipe) -> PostTrainingConfig:
 def _chosen(
     train: training.TrainConfig, choice: Choice, mesh: Mesh, field: str
 ) -> training.TrainConfig:
-    rows = _rows(
+    rows = rows_at_a_time(
         train.batch_rows // train.accumulation, choice, mesh, f"{field}.batch_rows / accumulation"
     )
     return dataclasses.replace(
         train, batch_rows=rows * train.accumulation, remat=choice.remat or train.remat
     )
-
-
-def _rows(own: int, choice: Choice, mesh: Mesh, field: str) -> int:
-    """Rows at a time of all devices."""
-    shards = parallel.row_shards(mesh)
-    if choice.batch is not None:
-        return choice.batch * shards
-    if own % shards:
-        raise InputError(
-            f"{field}: {own} rows at a time do not divide over {shards} devices; change it or the "
-            f"mesh, or try --batch 1, which is {shards} rows"
-        )
-    return own
 
 
 def _corpus_row(length: int) -> dict[str, Any]:
@@ -348,10 +225,4 @@ def _corpus_row(length: int) -> dict[str, Any]:
 
 def _batch(record: Mapping[str, Any], rows: int, sharding: Any) -> Any:
     """What `data.batches` makes of such records, as ShapeDtypeStructs of `rows` rows."""
-    return jax.tree.map(lambda leaf: _described(leaf, rows, sharding), data.to_example(record))
-
-
-def _described(leaf: Any, rows: int, sharding: Any) -> jax.ShapeDtypeStruct:
-    array = np.asarray(leaf)
-    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
-    return jax.ShapeDtypeStruct((rows, *array.shape), dtype, sharding=sharding)
+    return jax.tree.map(lambda leaf: described(leaf, rows, sharding), data.to_example(record))

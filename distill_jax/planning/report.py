@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from distill_jax.parallel import OutOfMemory, Topology, liveness, mesh_sizes, tpu_cost
-from distill_jax.planning.programs import PARTS, Program
+from distill_jax.planning.program import PARTS, Program
 
 HARDWARE = (
     "Only hardware can show: the real step time (clocks, HBM contention, how far collectives "

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from distill_jax import models, parallel
 from distill_jax.artifacts import InputError, resolve
 from distill_jax.models import presets
+from distill_jax.pruning.steps import layer_shardings
 from distill_jax.recipe import Recipe
 
 
@@ -66,4 +67,14 @@ def placed_params(shape: models.LlamaConfig, mesh: Mesh) -> models.Params:
     shardings = parallel.shardings(mesh, models.logical_axes(shape), params)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings
+    )
+
+
+def placed_layer(shape: models.LlamaConfig, mesh: Mesh) -> models.Params:
+    """One layer of `placed_params`, as `pruning.steps.take_layer` places it."""
+    layers = models.abstract_params(shape)["layers"]
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=s),
+        layers,
+        layer_shardings(shape, mesh),
     )

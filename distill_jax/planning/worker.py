@@ -12,7 +12,8 @@ from typing import Any
 
 from distill_jax import artifacts, parallel
 from distill_jax.parallel import MeshConfig, Topology
-from distill_jax.planning.programs import Choice, Program, Stage, stage_programs
+from distill_jax.planning.program import Choice, Program, Stage
+from distill_jax.planning.programs import stage_programs
 from distill_jax.planning.report import Report, make_report
 from distill_jax.recipe import Recipe, load_recipe
 

@@ -35,13 +35,14 @@ def sums_of(inputs_BTI: Array, lacking_BTO: Array, weight_BT: Array, mesh: Mesh 
     )
 
 
-def fit(parts: Iterable[Sums], ridge: float | None) -> Array:
+def fit(parts: Iterable[Sums], ridge: float | None, mesh: Mesh | None = None) -> Array:
     """The change of a projection, (G + ridge diag G)^-1 X^T Y, float32 [I, O].
 
     Args:
       parts: the sums of each batch.
       ridge: the penalty, or None: of `RIDGES`, or no change at all, what errs least on every fourth
         batch, from the second on, when the others are fitted; then all are.
+      mesh: over which the change is split.
     """
     fitted, checked = None, None
     for number, part in enumerate(parts):
@@ -49,7 +50,11 @@ def fit(parts: Iterable[Sums], ridge: float | None) -> Array:
             checked = part if checked is None else _add(checked, part)
         else:
             fitted = part if fitted is None else _add(fitted, part)
-    return _choose(fitted, checked) if ridge is None else _solve(fitted, ridge)
+    assert fitted is not None  # there are parts, and two to choose a ridge
+    if ridge is not None:
+        return solve(fitted, ridge, mesh)
+    assert checked is not None
+    return choose(fitted, checked, mesh)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -57,25 +62,29 @@ def _add(total: Sums, new: Sums) -> Sums:
     return jax.tree.map(jnp.add, total, new)
 
 
-@jax.jit
-def _solve(sums: Sums, ridge: Array | float) -> Array:
+@functools.partial(jax.jit, static_argnames="mesh")
+def solve(sums: Sums, ridge: Array | float, mesh: Mesh | None) -> Array:
     """Inputs are scaled to unit power first: float32 suffices though some are far louder."""
     power = jnp.diagonal(sums.gram)
     size = jnp.sqrt(jnp.where(power > 0, power, 1.0))[:, None]
     correlation = sums.gram / size / size.T
     factor = jax.scipy.linalg.cho_factor(correlation + ridge * jnp.eye(len(size)))
-    return jax.scipy.linalg.cho_solve(factor, sums.cross / size) / size
+    return split_matrices(jax.scipy.linalg.cho_solve(factor, sums.cross / size) / size, mesh)
 
 
-@jax.jit
-def _choose(fitted: Sums, checked: Sums) -> Array:
-    def error(change_IO: Array) -> Array:
+@functools.partial(jax.jit, static_argnames="mesh")
+def choose(fitted: Sums, checked: Sums, mesh: Mesh | None) -> Array:
+    """`solve` of all tokens, by the ridge that serves the checked ones best, if any serves them."""
+
+    def error(ridge: Array) -> Array:
         """By how much the change adds to the summed squares on the checked tokens."""
+        change_IO = solve(fitted, ridge, mesh)
         squares = jnp.sum(change_IO * exact_dot(checked.gram, change_IO))
         return squares - 2 * jnp.sum(change_IO * checked.cross)
 
-    errors = jnp.stack([error(_solve(fitted, ridge)) for ridge in RIDGES])
-    errors = jnp.nan_to_num(errors, nan=jnp.inf)
-    best = jnp.array(RIDGES)[jnp.argmin(errors)]
+    ridges = jnp.array(RIDGES)
+    # One after the other: each holds a matrix and its factor, whole on every device.
+    errors = jnp.nan_to_num(jax.lax.map(error, ridges), nan=jnp.inf)
     everything = Sums(fitted.gram + checked.gram, fitted.cross + checked.cross)
-    return jnp.where(jnp.min(errors) < 0, _solve(everything, best), 0.0)
+    best = solve(everything, ridges[jnp.argmin(errors)], mesh)
+    return jnp.where(jnp.min(errors) < 0, best, 0.0)

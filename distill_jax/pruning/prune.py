@@ -20,7 +20,7 @@ from distill_jax.pruning.plan import KvChoice, LayerChoice, Plan, check_shapes, 
 from distill_jax.pruning.repair import Grams, grams, repair
 from distill_jax.pruning.reuse import find_or_measure
 from distill_jax.pruning.sequential import check_ridge, repair_in_sequence
-from distill_jax.pruning.surgery import apply_plan, target_shardings
+from distill_jax.pruning.surgery import apply_plan, jit_cut, target_shardings
 from distill_jax.pruning.tying import TyingSums, tie, ties, tying_sums
 
 RepairOrder = Literal["at_once", "in_sequence"]
@@ -50,6 +50,8 @@ class PruneConfig(ImportanceConfig):
       repair_order: "in_sequence" fits each projection to what the student lacks by then, layers
         that were dropped included, see `repair_in_sequence`; "at_once" fits all of them to the
         full model's inputs, in one pass, see `repair`.
+      sequence_rows: rows that a repair in sequence sees, of those; None: all. Devices hold four
+        streams of each of their tokens.
       ridge: of the repair. None: in sequence the best for each projection on calibration rows that
         it was not fitted to, at once 1e-2.
     """
@@ -62,13 +64,15 @@ class PruneConfig(ImportanceConfig):
     removal_rows: int = 64
     repair: bool = True
     repair_order: RepairOrder = "in_sequence"
+    sequence_rows: int | None = None
     ridge: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("calibration_rows", "removal_rows"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("calibration_rows", "removal_rows", "sequence_rows"):
+            rows = getattr(self, name)
+            if rows is not None and rows < 1:
+                raise InputError(f"{name} is {rows}; it must be positive")
         literals = {
             "layer_choice": LayerChoice,
             "kv_choice": KvChoice,
@@ -119,8 +123,8 @@ def prune(
     """
     check_shapes(model.config, config.target, kv_choice=config.kv_choice)
     rows = _first_rows(batches, config.calibration_rows)
-    if len(rows) == 1 and config.repair and config.repair_order == "in_sequence":
-        check_ridge(config.ridge, batches=1)
+    if config.repair and config.repair_order == "in_sequence" and rows:
+        check_ridge(config.ridge, batches=len(_sequence(rows, config)))
     sharding = parallel.batch_sharding(mesh) if mesh else None
     place = epath.Path(directory)
     place.mkdir(parents=True, exist_ok=True)
@@ -146,7 +150,7 @@ def prune(
     if config.head_choice == "merge":
         start = merge_query_heads(plan, scores, start)
     if config.repair and ties(plan):
-        start = start | _tied(plan, start, tying_sums(model, rows, mesh=mesh))
+        start = start | jit_tie(plan, mesh)(start, tying_sums(model, rows, mesh=mesh))
     student = _student(model, plan, start, rows, config, mesh)
     figures = {
         "method": plan.method,
@@ -177,10 +181,34 @@ def _first_rows(batches: Iterable[Batch], count: int) -> list[Batch]:
     return taken
 
 
-def _tied(plan: Plan, params: models.Params, sums: TyingSums) -> models.Params:
-    """The parameters that `tie` changes, alone: the others need not be copied."""
+def _sequence(rows: list[Batch], config: PruneConfig) -> list[Batch]:
+    """What a repair in sequence sees of the calibration rows."""
+    return rows if config.sequence_rows is None else _first_rows(rows, config.sequence_rows)
+
+
+def jit_tie(plan: Plan, mesh: Mesh | None) -> Any:
+    """`tie`, jitted: the parameters it changes alone, the others need not be copied."""
     names = ("embedding", "final_norm")
-    return jax.jit(lambda *inputs: {k: tie(plan, *inputs)[k] for k in names})(params, sums)
+
+    def tied(params: models.Params, sums: TyingSums) -> models.Params:
+        made = tie(plan, params, sums, mesh=mesh)
+        return {name: made[name] for name in names}
+
+    if mesh is None:
+        return jax.jit(tied)
+    axes = {name: models.logical_axes(plan.source)[name] for name in names}
+    shapes = {name: models.abstract_params(plan.source)[name] for name in names}
+    return jax.jit(tied, out_shardings=parallel.shardings(mesh, axes, shapes))
+
+
+def jit_repair(plan: Plan, ridge: float | None, mesh: Mesh | None) -> Any:
+    """`repair` and the cut, jitted: parameters and `grams` in, the student's parameters out."""
+
+    def cut(params: models.Params, sums: Grams) -> models.Params:
+        repaired = repair(plan, params, sums, ridge=1e-2 if ridge is None else ridge, mesh=mesh)
+        return apply_plan(plan, repaired, mesh=mesh)
+
+    return jax.jit(cut, out_shardings=target_shardings(plan, mesh))
 
 
 def _student(
@@ -192,14 +220,13 @@ def _student(
     mesh: Mesh | None,
 ) -> models.Model:
     """`start`, parameters of the model's shape, cut and repaired to do what the model does."""
-    if config.repair and config.repair_order == "in_sequence":
-        params = repair_in_sequence(plan, model, rows, start=start, ridge=config.ridge, mesh=mesh)
-        return models.Model(plan.target, params)
-    sums = grams(model, plan, rows, mesh=mesh) if config.repair else {}
-    ridge = 1e-2 if config.ridge is None else config.ridge
-
-    def cut(params: models.Params, sums: Grams) -> models.Params:
-        return apply_plan(plan, repair(plan, params, sums, ridge=ridge), mesh=mesh)
-
-    params = jax.jit(cut, out_shardings=target_shardings(plan, mesh))(start, sums)
+    if not config.repair:
+        params = jit_cut(plan, mesh)(start)
+    elif config.repair_order == "in_sequence":
+        params = repair_in_sequence(
+            plan, model, _sequence(rows, config), start=start, ridge=config.ridge, mesh=mesh
+        )
+    else:
+        sums = grams(model, plan, rows, mesh=mesh)
+        params = jit_repair(plan, config.ridge, mesh)(start, sums)
     return models.Model(plan.target, params)

@@ -11,7 +11,7 @@ Dimensions as in `distill_jax.models`; I inputs and O outputs of a projection, w
 
 import functools
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -60,21 +60,28 @@ def grams(
     Raises:
       InputError: there are no batches.
     """
-    names = tuple(name for name, kept in _kept(plan).items() if kept.shape[-1] < _width(plan, name))
+    names = cut_inputs(plan)
     if not names:
         return {}
     sharding = parallel.batch_sharding(mesh) if mesh else None
     total: Grams | None = None
     for batch in batches:
         tokens, segments = tokens_and_segments(batch, sharding)
-        new = _batch_grams(model.params, tokens, segments, model.config, names, mesh)
+        new = batch_grams(model.params, tokens, segments, model.config, names, mesh)
         total = new if total is None else _add(total, new)
     if total is None:
         raise InputError("there are no calibration batches for the repair")
     return total
 
 
-def repair(plan: Plan, params: models.Params, sums: Grams, *, ridge: float = 1e-2) -> models.Params:
+def repair(
+    plan: Plan,
+    params: models.Params,
+    sums: Grams,
+    *,
+    ridge: float = 1e-2,
+    mesh: Mesh | None = None,
+) -> models.Params:
     """Parameters of the FULL model whose cut by `apply_plan` is the repaired student.
 
     Only rows that the plan keeps change, and only of projections whose inputs are cut; where those
@@ -90,6 +97,8 @@ def repair(plan: Plan, params: models.Params, sums: Grams, *, ridge: float = 1e-
       ridge: added to each kept input's power, as a fraction of that power, together with kept
         inputs / tokens: coefficients that few tokens cannot determine shrink towards the plain
         cut, which would otherwise be the better student.
+      mesh: where parameters live; None leaves to JAX how the work is split. With one, under
+        `jax.jit`, no device holds more than a layer's matrices whole.
     """
     kept = _kept(plan)
     layers = dict(params["layers"])
@@ -97,7 +106,7 @@ def repair(plan: Plan, params: models.Params, sums: Grams, *, ridge: float = 1e-
         if name in sums:
             weights = tuple(layers[block][reader] for reader in readers)
             damping = ridge + kept[name].shape[-1] / sums["tokens"]
-            new = _absorb(weights, sums[name], plan.layers, kept[name], damping)
+            new = _absorb(weights, sums[name], plan.layers, kept[name], damping, mesh)
             if name in _NORMED:
                 norm, new = balance(layers[block]["norm"], weights, new)
                 layers[block] = layers[block] | {"norm": norm}
@@ -106,7 +115,7 @@ def repair(plan: Plan, params: models.Params, sums: Grams, *, ridge: float = 1e-
     if "final" in sums:
         weights = (params["unembedding"][None],)
         damping = ridge + kept["final"].shape[-1] / sums["tokens"]
-        new = _absorb(weights, sums["final"][None], np.zeros(1, int), kept["final"], damping)
+        new = _absorb(weights, sums["final"][None], np.zeros(1, int), kept["final"], damping, mesh)
         norm, new = balance(params["final_norm"][None], weights, new)
         params = params | {"final_norm": norm[0], "unembedding": new[0][0]}
     return params
@@ -125,13 +134,18 @@ def _kept(plan: Plan) -> dict[str, np.ndarray]:
     return kept if plan.target.tied else kept | {"final": plan.embed[None]}
 
 
+def cut_inputs(plan: Plan) -> tuple[str, ...]:
+    """The activations that lose a part, in the order in which they are computed."""
+    return tuple(name for name, kept in _kept(plan).items() if kept.shape[-1] < _width(plan, name))
+
+
 def _width(plan: Plan, name: str) -> int:
     source = plan.source
     return {"heads": source.heads * source.head_dim, "neurons": source.mlp}.get(name, source.embed)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _batch_grams(
+def batch_grams(
     params: models.Params,
     tokens_BT: Array,
     segment_ids_BT: Array,
@@ -139,12 +153,16 @@ def _batch_grams(
     names: tuple[str, ...],
     mesh: Mesh | None,
 ) -> Grams:
+    """Of one batch, for the activations of these names."""
     where_BT = segment_ids_BT > 0
 
     def gram(x: Array) -> Array:
         x = x.reshape(*where_BT.shape, -1)
         x = jnp.where(where_BT[..., None], x, 0)
-        return jnp.einsum("BTI,BTJ->IJ", x, x, preferred_element_type=jnp.float32)
+        # Split here already: of the matrices of all layers no device may hold the whole.
+        return split_matrices(
+            jnp.einsum("BTI,BTJ->IJ", x, x, preferred_element_type=jnp.float32), mesh
+        )
 
     hidden, sums = models.hidden_states(
         config,
@@ -164,10 +182,13 @@ def split_matrices(tree: Tree, mesh: Mesh | None) -> Tree:
     """Matrices [..., rows, columns], split over the mesh."""
     if mesh is None:
         return tree
+    return jax.lax.with_sharding_constraint(tree, matrix_shardings(tree, mesh))
+
+
+def matrix_shardings(tree: Any, mesh: Mesh) -> Any:
+    """How `split_matrices` does it."""
     axes = jax.tree.map(lambda x: _MATRIX_AXES[-x.ndim :], tree)
-    return jax.lax.with_sharding_constraint(
-        tree, parallel.shardings(mesh, axes, tree, _MATRIX_RULES)
-    )
+    return parallel.shardings(mesh, axes, tree, _MATRIX_RULES)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -181,6 +202,7 @@ def _absorb(
     layers: np.ndarray,
     kept: np.ndarray,
     damping: Array,
+    mesh: Mesh | None,
 ) -> tuple[Array, ...]:
     """Each weight [L, inputs..., outputs...] with its kept rows reading for the dropped ones."""
     L, inputs, _ = gram_LII.shape
@@ -190,14 +212,20 @@ def _absorb(
     def one(layer: tuple[tuple[Array, ...], Array, Array, Array]) -> tuple[Array, ...]:
         weights_IO, gram, kept, dropped = layer
         guess = _regression(gram, kept, dropped, damping)
-        return tuple(w[kept] + exact_dot(guess, w[dropped]) for w in weights_IO)
+
+        def absorbed(weight_IO: Array) -> Array:
+            wide = weight_IO.astype(jnp.float32)
+            rows = wide[kept] + exact_dot(guess, wide[dropped])
+            return weight_IO.at[kept].set(rows.astype(weight_IO.dtype))
+
+        return split_matrices(tuple(map(absorbed, weights_IO)), mesh)
 
     flat = tuple(jnp.asarray(weight).reshape(L, inputs, -1) for weight in weights)
-    chosen = tuple(weight[layers].astype(jnp.float32) for weight in flat)
-    rows = jax.lax.map(one, (chosen, gram_LII[layers], jnp.asarray(kept), jnp.asarray(dropped)))
+    chosen = tuple(weight[layers] for weight in flat)
+    new = jax.lax.map(one, (chosen, gram_LII[layers], jnp.asarray(kept), jnp.asarray(dropped)))
     return tuple(
-        weight.at[layers[:, None], kept].set(new.astype(weight.dtype)).reshape(old.shape)
-        for weight, new, old in zip(flat, rows, weights, strict=True)
+        weight.at[layers].set(layer).reshape(old.shape)
+        for weight, layer, old in zip(flat, new, weights, strict=True)
     )
 
 

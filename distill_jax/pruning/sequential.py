@@ -22,32 +22,22 @@ Dimensions as in `distill_jax.models`; a prime marks the student's; I inputs, O 
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
 from distill_jax import models, parallel, progress
 from distill_jax.artifacts import InputError, diff
-from distill_jax.models import llama
+from distill_jax.pruning import steps
 from distill_jax.pruning.activations import Batch, tokens_and_segments
-from distill_jax.pruning.least_squares import Sums, fit, sums_of
+from distill_jax.pruning.least_squares import fit
 from distill_jax.pruning.plan import Plan
-from distill_jax.pruning.repair import balance, exact_dot
-from distill_jax.pruning.surgery import (
-    jit_cut,
-    take_layer,
-    target_shardings,
-    weight_scales,
-)
-
-Layer = dict[str, dict[str, Array]]
-"""Parameters of one layer."""
+from distill_jax.pruning.steps import Layer
+from distill_jax.pruning.surgery import jit_cut, target_shardings, weight_scales
 
 
 @dataclasses.dataclass
@@ -113,13 +103,14 @@ def repair_in_sequence(
             for row in rows:
                 row.before = row.after
             work.run_full(rows, index, range(index + 1, end))
-            layers.append(work.layer(rows, _layer(student["layers"], place), place))
+            layer = steps.take_layer(plan.target, student["layers"], place, mesh)
+            layers.append(work.layer(rows, layer, place))
             bar.advance()
     stacked = jax.jit(
         lambda layers: jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),
         out_shardings=shardings and shardings["layers"],
     )(layers)
-    return work.end(rows, student | {"layers": stacked}, shardings)
+    return work.end(rows, student | {"layers": stacked})
 
 
 def check_ridge(ridge: float | None, *, batches: int) -> None:
@@ -145,7 +136,7 @@ def _first_rows(
     rows = []
     for batch in batches:
         tokens, segments = tokens_and_segments(batch, sharding)
-        large, small = (_embed(tree["embedding"], tokens) for tree in (full, student))
+        large, small = (steps.embed(tree["embedding"], tokens, mesh) for tree in (full, student))
         rows.append(_Rows(segments, large, small, large, large))
     return rows
 
@@ -168,28 +159,34 @@ class _Repair:
     def pass_by(self, rows: Sequence[_Rows], dropped: Iterable[int]) -> None:
         """The full model's layers that the student lacks."""
         for index in dropped:
-            layer = _layer(self.params["layers"], index)
+            layer = self._full(index)
             for row in rows:
-                _, row.after = _full_layer(self.plan.source, layer, row.after, row.segments)
+                _, row.after = self._run(layer, row.after, row.segments)
 
     def run_full(self, rows: Sequence[_Rows], index: int, dropped: Iterable[int]) -> None:
         """A kept layer of the full model, and the dropped ones behind it."""
-        layer = _layer(self.params["layers"], index)
+        layer = self._full(index)
         for row in rows:
-            row.middle, row.after = _full_layer(self.plan.source, layer, row.before, row.segments)
+            row.middle, row.after = self._run(layer, row.before, row.segments)
         self.pass_by(rows, dropped)
+
+    def _full(self, index: int) -> Layer:
+        return steps.take_layer(self.plan.source, self.params["layers"], index, self.mesh)
+
+    def _run(self, layer: Layer, x_BTD: Array, segments_BT: Array) -> tuple[Array, Array]:
+        return steps.full_layer(self.plan.source, layer, x_BTD, segments_BT, self.mesh)
 
     def layer(self, rows: Sequence[_Rows], layer: Layer, place: int) -> Layer:
         """Kept layer `place`, repaired; the student's streams move on through it."""
         config = self.plan.target
         layer = self._readers(rows, layer, place, "attention", [row.before for row in rows])
-        heads = [_heads(config, layer, row.student, row.segments) for row in rows]
+        heads = [steps.heads(config, layer, x.student, x.segments, self.mesh) for x in rows]
         output = layer["attention"]["output"]
         flat = output.reshape(-1, config.embed)
         new = self._writer(rows, heads, flat, [row.middle for row in rows])
         layer = layer | {"attention": layer["attention"] | {"output": new.reshape(output.shape)}}
         layer = self._readers(rows, layer, place, "mlp", [row.middle for row in rows])
-        neurons = [_neurons(config, layer, row.student) for row in rows]
+        neurons = [steps.neurons(config, layer, row.student, self.mesh) for row in rows]
         down = self._writer(rows, neurons, layer["mlp"]["down"], [row.after for row in rows])
         return layer | {"mlp": layer["mlp"] | {"down": down}}
 
@@ -198,12 +195,14 @@ class _Repair:
     ) -> Array:
         """What writes to the stream, fitted to what the stream lacks; the streams get it."""
         parts = (
-            _writer_sums(x, start_IE, want, row.student, row.segments, self.plan.embed, self.mesh)
+            steps.writer_sums(
+                x, start_IE, want, row.student, row.segments, self.plan.embed, self.mesh
+            )
             for x, want, row in zip(inputs, wanted, rows, strict=True)
         )
-        new_IE = start_IE + fit(parts, self.ridge)
+        new_IE = start_IE + fit(parts, self.ridge, self.mesh)
         for x, row in zip(inputs, rows, strict=True):
-            row.student = _write(row.student, x, new_IE)
+            row.student = steps.write(row.student, x, new_IE, self.mesh)
         return new_IE.astype(start_IE.dtype)
 
     def _readers(
@@ -213,26 +212,12 @@ class _Repair:
         if not self.cuts_stream:
             return layer
         index, mine = int(self.plan.layers[place]), layer[block]
-        before = _layer(self.start["layers"][block], index)
         full_norm = self.params["layers"][block]["norm"][index]
         guess_ED = self._guess(rows, mine["norm"], full_norm, full)
-        names = ("query", "key", "value") if block == "attention" else ("gate", "up")
-        axes = models.logical_axes(self.plan.source)["layers"][block]
-        scales = weight_scales(self.plan)
-        new = []
-        for name in names:
-            # The stream is read through the guess; the other axes are cut as ever.
-            rest = tuple("" if axis == "embed" else axis for axis in axes[name][1:])
-            whole = take_layer(self.plan, before[name], rest, place)
-            scale = scales.get(("layers", block, name), np.float32(1))
-            new.append(_read_through(guess_ED, whole, scale, mine[name].dtype))
-        norm, balanced = balance(
-            mine["norm"][None],
-            tuple(mine[name][None] for name in names),
-            tuple(weight[None] for weight in new),
-        )
-        readers = {name: weight[0] for name, weight in zip(names, balanced, strict=True)}
-        return layer | {block: mine | {"norm": norm[0]} | readers}
+        start = steps.take_layer(self.plan.source, self.start["layers"], index, self.mesh)[block]
+        arguments = reader_arguments(self.plan, block, place, guess_ED, mine, start)
+        norm, readers = steps.read(*arguments, self.mesh)
+        return layer | {block: mine | {"norm": norm} | readers}
 
     def _guess(
         self, rows: Sequence[_Rows], norm_E: Array, full_norm_D: Array, full: list[Array]
@@ -240,116 +225,48 @@ class _Repair:
         """The full model's normed stream as a linear map [D', D] of the student's."""
         eps = self.plan.source.norm_eps
         parts = (
-            _reader_sums(
+            steps.reader_sums(
                 norm_E, full_norm_D, row.student, x, row.segments, self.plan.embed, eps, self.mesh
             )
             for x, row in zip(full, rows, strict=True)
         )
         kept = jax.nn.one_hot(self.plan.embed, self.plan.source.embed)
-        return kept + fit(parts, self.ridge)
+        return kept + fit(parts, self.ridge, self.mesh)
 
-    def end(
-        self, rows: Sequence[_Rows], student: models.Params, shardings: Any | None
-    ) -> models.Params:
+    def end(self, rows: Sequence[_Rows], student: models.Params) -> models.Params:
         """The unembedding, if it is a matrix of its own and channels went."""
         if not self.cuts_stream or self.plan.target.tied:
             return student
         guess_ED = self._guess(
             rows, student["final_norm"], self.params["final_norm"], [row.after for row in rows]
         )
-
-        def read(
-            guess_ED: Array, norm_E: Array, old_EV: Array, full_DV: Array
-        ) -> tuple[Array, Array]:
-            new = _read_through(guess_ED, full_DV, np.float32(1), old_EV.dtype)
-            norm, (unembedding,) = balance(norm_E[None], (old_EV[None],), (new[None],))
-            return norm[0], unembedding[0]
-
-        placed = shardings and (shardings["final_norm"], shardings["unembedding"])
-        norm, unembedding = jax.jit(read, out_shardings=placed)(
-            guess_ED, student["final_norm"], student["unembedding"], self.start["unembedding"]
+        norm, found = steps.read(
+            guess_ED,
+            student["final_norm"],
+            {"unembedding": student["unembedding"]},
+            {"unembedding": self.start["unembedding"]},
+            {},
+            {},
+            (("unembedding", ("embed", "vocab")),),
+            self.mesh,
         )
-        return student | {"final_norm": norm, "unembedding": unembedding}
+        return student | {"final_norm": norm} | found
 
 
-@jax.jit
-def _layer(stacked: Any, index: int) -> Layer:
-    return jax.tree.map(lambda leaf: leaf[index], stacked)
-
-
-@jax.jit
-def _embed(embedding_VD: Array, tokens_BT: Array) -> Array:
-    return embedding_VD[tokens_BT]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _full_layer(
-    config: models.LlamaConfig, layer: Layer, x_BTD: Array, segments_BT: Array
-) -> tuple[Array, Array]:
-    """The stream after attention, and after the MLP."""
-    block = llama.block(config, layer)
-    added, _, _ = block.attention(x_BTD, *_surroundings(config, segments_BT), None)
-    middle = x_BTD + added
-    added, _ = block.mlp(middle)
-    return middle, middle + added
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _heads(config: models.LlamaConfig, layer: Layer, x_BTE: Array, segments_BT: Array) -> Array:
-    block = llama.block(config, layer)
-    _, _, seen = block.attention(x_BTE, *_surroundings(config, segments_BT), None)
-    return seen["heads"].reshape(*segments_BT.shape, -1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _neurons(config: models.LlamaConfig, layer: Layer, x_BTE: Array) -> Array:
-    return llama.block(config, layer).mlp(x_BTE)[1]["neurons"]
-
-
-def _surroundings(config: models.LlamaConfig, segments_BT: Array) -> tuple[Any, llama.Attend]:
-    angles = llama.rotary_angles(config, llama.segment_positions(segments_BT))
-    return angles, llama.segment_attention(segments_BT)
-
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def _writer_sums(
-    inputs_BTI: Array,
-    start_IE: Array,
-    wanted_BTD: Array,
-    stream_BTE: Array,
-    segments_BT: Array,
-    kept: Array,
-    mesh: Mesh | None,
-) -> Sums:
-    wanted = wanted_BTD.astype(jnp.float32)
-    power_BT = jnp.mean(jnp.square(wanted), axis=-1)
-    weight_BT = jnp.where(segments_BT > 0, 1 / jnp.maximum(power_BT, 1e-30), 0)
-    lacking = wanted[..., kept] - (stream_BTE + inputs_BTI @ start_IE)
-    return sums_of(inputs_BTI, lacking, weight_BT, mesh)
-
-
-@functools.partial(jax.jit, static_argnames=("eps", "mesh"))
-def _reader_sums(
-    norm_E: Array,
-    full_norm_D: Array,
-    stream_BTE: Array,
-    full_BTD: Array,
-    segments_BT: Array,
-    kept: Array,
-    eps: float,
-    mesh: Mesh | None,
-) -> Sums:
-    inputs = llama.rms_norm(stream_BTE, norm_E, eps)
-    lacking = llama.rms_norm(full_BTD, full_norm_D, eps).at[..., kept].add(-inputs)
-    return sums_of(inputs, lacking, (segments_BT > 0).astype(jnp.float32), mesh)
-
-
-@jax.jit
-def _write(stream_BTE: Array, inputs_BTI: Array, weight_IE: Array) -> Array:
-    return stream_BTE + (inputs_BTI @ weight_IE.astype(inputs_BTI.dtype))
-
-
-def _read_through(guess_ED: Array, weight_D: Array, scale: Any, dtype: Any) -> Array:
-    """A projection [D, ...] of the full normed stream as one [D', ...] of the student's."""
-    flat = weight_D.astype(jnp.float32).reshape(weight_D.shape[0], -1)
-    return (exact_dot(guess_ED, flat) * scale).reshape(-1, *weight_D.shape[1:]).astype(dtype)
+def reader_arguments(
+    plan: Plan, block: str, place: int, guess_ED: Array, mine: Any, full: Any
+) -> tuple[Any, ...]:
+    """What `steps.read` is called with, but for the mesh, for a block of kept layer `place`."""
+    names, scales = steps.READERS[block], weight_scales(plan)
+    axes = models.logical_axes(plan.source)["layers"][block]
+    kept = {name: getattr(plan, name)[place] for name in ("heads", "kv_heads", "mlp")}
+    paths = {name: ("layers", block, name) for name in names}
+    return (
+        guess_ED,
+        mine["norm"],
+        {name: mine[name] for name in names},
+        {name: full[name] for name in names},
+        kept | {"head_dim": plan.head_dim},
+        {name: scales[path] for name, path in paths.items() if path in scales},
+        tuple((name, axes[name][1:]) for name in names),
+    )

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
@@ -59,7 +59,7 @@ def tying_sums(
     total = None
     for batch in batches:
         tokens, segments = tokens_and_segments(batch, sharding)
-        new = _batch_sums(model.config, model.params, tokens, segments, mesh)
+        new = batch_sums(model.config, model.params, tokens, segments, mesh)
         total = new if total is None else _add(total, new)
     if total is None:
         raise InputError("there are no calibration batches to fit the tied matrix to")
@@ -67,7 +67,12 @@ def tying_sums(
 
 
 def tie(
-    plan: Plan, params: models.Params, sums: TyingSums, *, weight: float = 0.01
+    plan: Plan,
+    params: models.Params,
+    sums: TyingSums,
+    *,
+    weight: float = 0.01,
+    mesh: Mesh | None = None,
 ) -> models.Params:
     """Parameters of the FULL model whose kept embedding and final norm serve both ends.
 
@@ -80,26 +85,39 @@ def tie(
       weight: of the embedding's error beside the logits', w above. What the layers get wrong of a
         wrong embedding they can be taught, by `repair_in_sequence`; after the unembedding there is
         nothing left that could make up for it.
+      mesh: where parameters live; tokens are then split over all of it. None leaves that to JAX.
     """
+
+    def split(rows_VD: Array) -> Array:
+        if mesh is None:
+            return rows_VD
+        spec = PartitionSpec(mesh.axis_names)
+        return jax.lax.with_sharding_constraint(rows_VD, NamedSharding(mesh, spec))
+
     kept = plan.embed
     embedding, norm = jnp.asarray(params["embedding"]), jnp.asarray(params["final_norm"])
-    E_VD = embedding[:, kept].astype(jnp.float32)
-    U_VD = jnp.asarray(params["unembedding"])[kept].astype(jnp.float32).T
+    # Tokens are split before channels are chosen, among which the parameters are.
+    E_VD = split(embedding)[:, kept].astype(jnp.float32)
+    U_VD = split(jnp.asarray(params["unembedding"]).T)[:, kept].astype(jnp.float32)
     U_VD = U_VD - jnp.mean(U_VD, axis=0)
     G_DD = sums.gram[kept][:, kept]
     # A token that no calibration row holds is read all the same.
     reads_V = sums.counts + 1
     power = jnp.sum(exact_dot(U_VD.T, U_VD) * G_DD)
     pull_V1 = (reads_V * weight * power / jnp.sum(reads_V * jnp.sum(E_VD**2, axis=1)))[:, None]
-    GU_VD = exact_dot(U_VD, G_DD)
-    M_VD = E_VD
-    for _ in range(_ROUNDS):
+    GU_VD = split(exact_dot(U_VD, G_DD))
+
+    def improve(_: int, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        M_VD, _ = found
         A_DD = G_DD * exact_dot(M_VD.T, M_VD)
         ridge = 1e-6 * jnp.diag(jnp.diagonal(A_DD))
         gain_D = jnp.linalg.solve(A_DD + ridge, jnp.sum(GU_VD * M_VD, axis=0))
         values, Q_DD = jnp.linalg.eigh(gain_D[:, None] * G_DD * gain_D)
         wanted_VD = exact_dot(pull_V1 * E_VD + GU_VD * gain_D, Q_DD)
-        M_VD = exact_dot(wanted_VD / (pull_V1 + jnp.maximum(values, 0)), Q_DD.T)
+        M_VD = split(exact_dot(wanted_VD / (pull_V1 + jnp.maximum(values, 0)), Q_DD.T))
+        return M_VD, gain_D
+
+    M_VD, gain_D = jax.lax.fori_loop(0, _ROUNDS, improve, (E_VD, jnp.ones(len(kept))))
     return params | {
         "embedding": embedding.at[:, kept].set(M_VD.astype(embedding.dtype)),
         "final_norm": norm.at[kept].multiply(gain_D.astype(norm.dtype)),
@@ -107,13 +125,14 @@ def tie(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _batch_sums(
+def batch_sums(
     config: models.LlamaConfig,
     params: models.Params,
     tokens_BT: Array,
     segments_BT: Array,
     mesh: Mesh | None,
 ) -> TyingSums:
+    """Of one batch."""
     where_BT = segments_BT > 0
     hidden = models.hidden_states(config, params, tokens_BT, segments_BT)
     hidden = jnp.where(where_BT[..., None], hidden, 0).astype(jnp.float32)

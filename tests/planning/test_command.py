@@ -12,7 +12,7 @@ from distill_jax.artifacts import InputError
 from distill_jax.models.llama import Remat
 from distill_jax.parallel import MeshConfig, Topology
 from distill_jax.planning import compiling, show, worker
-from distill_jax.planning.programs import Choice
+from distill_jax.planning.program import Choice
 
 from .test_compiling import TINY, Machine, a_report
 
