@@ -13,8 +13,16 @@ def merge_query_heads(plan: Plan, scores: Scores, params: models.Params) -> mode
 
     Of a group of G query heads by falling score, G' of which stay, head i becomes
     head_i + (head_i - head_{2G'-i+1}) for i from max(1, 2G' - G + 1) to G': the last that stays
-    answers for the first that goes, and so on (Minitron, Muralidharan et al. 2024, 2.3). With
-    grouped queries that is done to query weights alone. Pure and jit-able; `apply_plan` follows.
+    answers for the first that goes, and so on (Minitron, Muralidharan et al. 2024, 2.3, who rank
+    each axis by importance first and, with grouped queries, do this to query heads alone).
+
+    Where the paper leaves room: its range begins at i = 2G' - G, whose partner would be head
+    G + 1, which there is not, so ours begins one later; it counts all heads, while here each
+    key/value head's group is merged by itself, as its queries are made for that head's keys; it
+    does not say which weights a head is, here they are the query's. Without grouped queries
+    (G = 1) it merges whole heads, and this does nothing. NVIDIA's Model Optimizer, which prunes
+    by Minitron's scores, sorts and slices heads and merges none. Pure and jit-able; `apply_plan`
+    follows.
     """
     source, target = plan.source, plan.target
     old, new = source.heads // source.kv_heads, target.heads // target.kv_heads
