@@ -148,6 +148,11 @@ def _dividing(mesh: Mesh, size: int, names: tuple[str, ...]) -> tuple[str, ...] 
     return taken if len(taken) > 1 else taken[0] if taken else None
 
 
+def names_of(entry: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec, the outermost first."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over `row_axes`; everything else of a batch whole."""
     return NamedSharding(mesh, PartitionSpec(row_axes(mesh)))

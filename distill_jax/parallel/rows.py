@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from distill_jax.artifacts import InputError
 from distill_jax.parallel import processes
+from distill_jax.parallel.mesh import names_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,8 +88,7 @@ def row_share(sharding: NamedSharding | None) -> RowShare:
         if processes.count() > 1:
             raise InputError(f"sharding: {processes.count()} processes need one for their rows")
         return RowShare()
-    axes = sharding.spec[0] if len(sharding.spec) else None
-    names = (axes,) if isinstance(axes, str) else axes or ()
+    names = names_of(sharding.spec[0] if len(sharding.spec) else None)
     number = math.prod(sharding.mesh.shape[name] for name in names)
     held: dict[int, set[int]] = {}
     device: Any

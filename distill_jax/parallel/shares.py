@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from distill_jax.parallel.mesh import row_axes, shardings
+from distill_jax.parallel.mesh import names_of, row_axes, shardings
 
 Spec = tuple[tuple[str, ...], ...]
 """The mesh axes over which each axis of an array is split, the outermost first."""
@@ -42,7 +42,9 @@ class Shares:
         """
         self.mesh, self.rows = mesh, row_axes(mesh)
         self._dtype = dtype or str(jax.tree.leaves(shapes)[0].dtype)
-        self._splits = jax.tree.map(lambda s: _split_axes(s.spec), shardings(mesh, axes, shapes))
+        self._splits = jax.tree.map(
+            lambda s: tuple(map(names_of, s.spec)), shardings(mesh, axes, shapes)
+        )
         self.specs = jax.tree.map(
             lambda split: PartitionSpec(*(_among(names, self.rows) or None for names in split)),
             self._splits,
@@ -218,13 +220,6 @@ def _on_shards(
     spec = PartitionSpec(*others)
     return jax.shard_map(
         collective, in_specs=spec, out_specs=spec, axis_names=axes, check_vma=False
-    )
-
-
-def _split_axes(spec: PartitionSpec) -> Spec:
-    return tuple(
-        () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        for entry in spec
     )
 
 

@@ -337,7 +337,7 @@ class _Sequence:
         )
 
     def _moments(self, inner: int, outer: int) -> Sums:
-        shapes = (jax.ShapeDtypeStruct((inner, n), jnp.float32) for n in (inner, outer))
+        shapes: Any = (jax.ShapeDtypeStruct((inner, n), jnp.float32) for n in (inner, outer))
         return self.cut._matrices(Sums(*shapes))
 
     def _fit(self, inner: int, outer: int) -> Program:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from distill_jax import models
+from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 
 Aggregation = Literal["mean", "l2", "variance"]
@@ -35,8 +35,7 @@ def tokens_and_segments(
     tokens = np.asarray(batch["tokens"], np.int32)
     segments = np.asarray(batch.get("segment_ids", np.ones_like(tokens)), np.int32)
     if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec):
-        axes = sharding.spec[0] or ()
-        axes = (axes,) if isinstance(axes, str) else axes
+        axes = parallel.names_of(sharding.spec[0])
         missing = -len(tokens) % math.prod(sharding.mesh.shape[axis] for axis in axes)
         tokens, segments = (np.pad(x, ((0, missing), (0, 0))) for x in (tokens, segments))
     return jax.device_put(tokens, sharding), jax.device_put(segments, sharding)

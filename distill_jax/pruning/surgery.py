@@ -4,6 +4,7 @@ Dimensions as in `distill_jax.models`; a prime marks what is kept.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -75,21 +76,19 @@ def _split_elsewhere(
     leaf: jax.Array, names: tuple[str, ...], axis: int, mesh: Mesh
 ) -> NamedSharding:
     """The usual sharding, but what splits `axis` splits another axis instead."""
-    spec = list(parallel.shardings(mesh, names, leaf).spec)
-    moved, spec[axis] = spec[axis], None
-    if moved is None:
-        return NamedSharding(mesh, PartitionSpec(*spec))
+    spec = [parallel.names_of(entry) for entry in parallel.shardings(mesh, names, leaf).spec]
+    moved, spec[axis] = spec[axis], ()
 
     def fits(other: int) -> bool:
-        parts = mesh.shape[moved] * (mesh.shape[spec[other]] if spec[other] else 1)
+        parts = math.prod(mesh.shape[name] for name in (*spec[other], *moved))
         return other != axis and names[other] != "layers" and leaf.shape[other] % parts == 0
 
-    others = [other for other in range(leaf.ndim) if fits(other)]
+    others = [other for other in range(leaf.ndim) if moved and fits(other)]
     if others:
         # An axis that is whole before anything else: the move is then a plain all-to-all.
-        place = max(others, key=lambda other: (spec[other] is None, leaf.shape[other]))
-        spec[place] = moved if spec[place] is None else (spec[place], moved)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+        place = max(others, key=lambda other: (not spec[other], leaf.shape[other]))
+        spec[place] += moved
+    return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in spec)))
 
 
 def take_layer(plan: Plan, array: Any, names: tuple[str, ...], layer: int | None) -> Any:

@@ -108,7 +108,7 @@ def tie(
     GU_VD = split(exact_dot(U_VD, G_DD))
 
     def improve(_: int, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        M_VD, _ = found
+        M_VD = found[0]
         A_DD = G_DD * exact_dot(M_VD.T, M_VD)
         ridge = 1e-6 * jnp.diag(jnp.diagonal(A_DD))
         gain_D = jnp.linalg.solve(A_DD + ridge, jnp.sum(GU_VD * M_VD, axis=0))
