@@ -91,7 +91,9 @@ def compile_stage(
             reports = answer(question, choice, topology)
         main = worst(reports)
         if len(reports) > 1:
-            console.print(show.show_report(next(r for r in reports if r is not main), price))
+            for report in reports:
+                if report is not main:
+                    console.print(show.show_report(report, price))
     console.print(show.show_report(main, price))
     line = main.line(price)
     if len(reports) > 1:

@@ -82,8 +82,10 @@ def _ways(
     remat: list[tuple[Choice, Topology]] = []
     if question.trains and refused.remat != "full":
         remat = [(dataclasses.replace(choice, remat="full"), topology)]
-    halves = [refused.batch >> n for n in range(1, refused.batch.bit_length())]
-    rows = [(dataclasses.replace(choice, batch=batch), topology) for batch in halves]
+    rows: list[tuple[Choice, Topology]] = []
+    if refused.tokens:  # what reads no rows needs no less with fewer of them
+        halves = [refused.batch >> n for n in range(1, refused.batch.bit_length())]
+        rows = [(dataclasses.replace(choice, batch=batch), topology) for batch in halves]
     slices: list[tuple[Choice, Topology]] = []
     larger = topology.larger()
     while larger is not None and len(slices) < _LARGER_SLICES:

@@ -22,7 +22,7 @@ from distill_jax.planning.program import (
 from distill_jax.planning.shapes import placed_layer, placed_params, teacher_shape
 from distill_jax.pruning import PruneConfig, activations, steps, surgery
 from distill_jax.pruning.importance import random_scores
-from distill_jax.pruning.least_squares import Sums, choose, solve
+from distill_jax.pruning.least_squares import Sums, solve
 from distill_jax.pruning.prune import jit_repair, jit_tie
 from distill_jax.pruning.repair import batch_grams, cut_inputs, matrix_shardings
 from distill_jax.pruning.sequential import reader_arguments
@@ -223,7 +223,7 @@ class _Sequence:
         inner = max(target.heads * target.head_dim, target.mlp)
         found += [self._sums(inner), self._fit(inner, target.embed)]
         if target.embed < self.cut.plan.source.embed:
-            found += [self._read_sums(), self._read("mlp")]
+            found += [self._read_sums(), self._read()]
         return found
 
     def _stream(self, width: int, rows: int) -> jax.ShapeDtypeStruct:
@@ -242,6 +242,7 @@ class _Sequence:
         student = placed_params(plan.target, mesh)
         return {
             "parameters": self.cut.params,
+            "batch": self.cut.tokens_BT,
             "student": (student, student["layers"]),
             "layers": (placed_layer(plan.source, mesh), placed_layer(plan.target, mesh)),
             "streams": ([everything(plan.source.embed)] * 3, everything(plan.target.embed)),
@@ -323,7 +324,9 @@ class _Sequence:
     def _sums(self, inner: int) -> Program:
         plan = self.cut.plan
         D, E = plan.source.embed, plan.target.embed
-        start = self.cut._matrices(jax.ShapeDtypeStruct((inner, E), jnp.float32))
+        start: Any = jax.ShapeDtypeStruct((inner, E), jnp.float32)
+        place = parallel.shardings(self.cut.mesh, ("mlp", "embed"), start)
+        start = jax.ShapeDtypeStruct(start.shape, start.dtype, sharding=place)
         arguments = (
             *(self._x(inner), start, self._x(D), self._x(E), self.cut.tokens_BT),
             *(plan.embed, self.cut.mesh),
@@ -337,29 +340,25 @@ class _Sequence:
         )
 
     def _moments(self, inner: int, outer: int) -> Sums:
-        shapes: Any = (jax.ShapeDtypeStruct((inner, n), jnp.float32) for n in (inner, outer))
+        shapes: Any = [jax.ShapeDtypeStruct((inner, n), jnp.float32) for n in (inner, outer)]
         return self.cut._matrices(Sums(*shapes))
 
     def _fit(self, inner: int, outer: int) -> Program:
-        moments, mesh, ridge = self._moments(inner, outer), self.cut.mesh, self.cut.config.ridge
-
-        def lower() -> jax.stages.Lowered:
-            if ridge is None:
-                return choose.lower(moments, moments, mesh)
-            return solve.lower(moments, ridge, mesh)
-
-        times = 6 if ridge is None else 1
+        moments, mesh = self._moments(inner, outer), self.cut.mesh
         return self._program(
             "fit",
-            lower,
-            times * (inner**3 / 3 + 2.0 * inner**2 * outer),
+            lambda: solve.lower(moments, 1.0, mesh),
+            inner**3 / 3 + 2.0 * inner**2 * outer,
             {"inputs": self._inputs(inner), "sums": [moments] * 2},
         )
 
     def _read_sums(self) -> Program:
         plan = self.cut.plan
         D, E = plan.source.embed, plan.target.embed
-        norms = [self.cut._whole(jax.ShapeDtypeStruct((size,), jnp.float32)) for size in (E, D)]
+        norms = [
+            placed_layer(shape, self.cut.mesh)["mlp"]["norm"]
+            for shape in (plan.target, plan.source)
+        ]
         arguments = (
             *(*norms, self._x(E), self._x(D), self.cut.tokens_BT),
             *(plan.embed, plan.source.norm_eps, self.cut.mesh),
@@ -372,16 +371,15 @@ class _Sequence:
             runs=2 * plan.target.layers,
         )
 
-    def _read(self, block: str) -> Program:
+    def _read(self) -> Program:
         plan, mesh = self.cut.plan, self.cut.mesh
         D, E = plan.source.embed, plan.target.embed
         guess = self.cut._matrices(jax.ShapeDtypeStruct((E, D), jnp.float32))
-        full, mine = (placed_layer(shape, mesh)[block] for shape in (plan.source, plan.target))
-        arguments = reader_arguments(plan, block, 0, guess, mine, full)
-        outputs = sum(full[name].size // D for name in steps.READERS[block])
+        full, mine = (placed_layer(shape, mesh)["mlp"] for shape in (plan.source, plan.target))
+        arguments = reader_arguments(plan, "mlp", 0, guess, mine, full)
         return self._program(
             "read",
             lambda: steps.read.lower(*arguments, mesh),
-            2.0 * E * outputs * plan.target.mlp / plan.source.mlp * D,
+            4.0 * D * E * plan.target.mlp,
             {"sums": guess},
         )

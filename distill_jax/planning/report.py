@@ -34,10 +34,11 @@ class Report:
       rows: of a batch of all devices.
       remat: what the backward pass recomputes.
       fits: whether the compiler found room for it.
-      hbm: bytes needed: arguments + temporaries + outputs - aliased; of what does not fit, what the
-        compiler's refusal says; None if it crashed.
+      hbm: bytes needed: arguments + temporaries + outputs - aliased, and what waits beside; of what
+        does not fit by itself, what the compiler's refusal says; None if it crashed.
       problem: why it does not fit, in a line.
-      peak: the compiler's own peak, which it refuses programs by; None if it did refuse.
+      peak: the compiler's own peak, which it refuses programs by, and what waits beside; None if it
+        did refuse.
       available: bytes that a program may have.
       memory: bytes by part. "temporaries" are activations, gradients, gathered parameters and what
         the loss needs, with the gaps between them.
@@ -185,11 +186,15 @@ def make_report(program: Program, topology: Topology, compiled: Any) -> Report:
             **shared | {"available": compiled.available},
         )
     stats = compiled.memory_analysis()
+    used = used_bytes(compiled)
+    beside = max(sum(arguments.values()) - used, 0.0)
+    peak = stats.peak_memory_in_bytes + beside
     known = {
-        "fits": True,
-        "hbm": tpu_cost.memory_bytes(stats),
-        "peak": stats.peak_memory_in_bytes,
-        "memory": memory_parts(arguments, stats),
+        "fits": peak <= shared["available"],
+        "hbm": tpu_cost.memory_bytes(stats) + beside,
+        "problem": "" if peak <= shared["available"] else _too_much(peak, beside, shared),
+        "peak": peak,
+        "memory": memory_parts(arguments, used, stats),
         **shared,
     }
     try:
@@ -290,19 +295,43 @@ def _described(one: tpu_cost.Priced) -> dict[str, Any]:
     return {name: getattr(one, name) for name in names}
 
 
-def memory_parts(arguments: Mapping[str, float], stats: Any) -> dict[str, float]:
-    """The bytes of `memory_analysis()` by part; together they are `tpu_cost.memory_bytes`.
+def _too_much(peak: float, beside: float, shared: Mapping[str, Any]) -> str:
+    return (
+        f"it needs {peak / 1e9:.2f} GB of HBM a chip, {beside / 1e9:.2f} of them for what waits "
+        f"beside it, there are {shared['available'] / 1e9:.2f}"
+    )
+
+
+def memory_parts(held: Mapping[str, float], used: float, stats: Any) -> dict[str, float]:
+    """Bytes by part: of what is held, and of `memory_analysis()` what comes on top.
 
     What arguments take beyond their values is the padding of their layouts.
+
+    Args:
+      held: bytes of what devices hold, arguments and what waits beside them.
+      used: those of them that the program uses.
+      stats: of the compiled program.
     """
-    values = sum(arguments.values())
     parts = {
-        **arguments,
-        "padding": max(stats.argument_size_in_bytes - values, 0.0),
+        **held,
+        "padding": max(stats.argument_size_in_bytes - used, 0.0),
         "temporaries": float(stats.temp_size_in_bytes),
         "results": float(stats.output_size_in_bytes - stats.alias_size_in_bytes),
     }
     return {name: size for name, size in parts.items() if size}
+
+
+def used_bytes(compiled: Any) -> float:
+    """Bytes on one device of the arguments that a program uses: `jit` drops the others."""
+    arguments = jax.tree.leaves(compiled.args_info)
+    places = jax.tree.leaves(compiled.input_shardings, is_leaf=lambda place: place is None)
+    return float(
+        sum(
+            math.prod(place.shard_shape(argument.shape)) * argument.dtype.itemsize
+            for argument, place in zip(arguments, places, strict=True)
+            if place is not None
+        )
+    )
 
 
 def shard_bytes(tree: Any) -> float:

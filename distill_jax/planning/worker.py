@@ -96,9 +96,16 @@ def compile_here(asked: dict[str, Any]) -> Report:
     except parallel.OutOfMemory as refusal:
         return make_report(program, topology, refusal)
     if question.text is not None:
-        place = pathlib.Path(question.text) / f"{program.name.replace(' ', '-')}.hlo"
+        place = pathlib.Path(question.text) / text_file(program, topology)
         artifacts.write_bytes(place, compiled.as_text().encode())
     return make_report(program, topology, compiled)
+
+
+def text_file(program: Program, topology: Topology) -> str:
+    """The name of a compiled program's text: each choice of a sweep has its own."""
+    mesh = [f"{name}{size}" for name, size in program.mesh.shape.items()]
+    parts = [program.name, str(topology), *mesh, f"batch{program.batch}", program.remat]
+    return "-".join(parts).replace(" ", "-").replace(":", "-") + ".hlo"
 
 
 def main() -> None:

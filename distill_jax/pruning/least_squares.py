@@ -4,6 +4,7 @@ Dimensions: B batch, T time, I inputs, O outputs.
 """
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from distill_jax.pruning.repair import exact_dot, split_matrices
+from distill_jax.pruning.elimination import exact_dot, solve_positive
+from distill_jax.pruning.repair import split_matrices
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """What the penalty is chosen from, as fractions of each input's power."""
@@ -54,7 +56,7 @@ def fit(parts: Iterable[Sums], ridge: float | None, mesh: Mesh | None = None) ->
     if ridge is not None:
         return solve(fitted, ridge, mesh)
     assert checked is not None
-    return choose(fitted, checked, mesh)
+    return _choose(fitted, checked, mesh)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -68,23 +70,21 @@ def solve(sums: Sums, ridge: Array | float, mesh: Mesh | None) -> Array:
     power = jnp.diagonal(sums.gram)
     size = jnp.sqrt(jnp.where(power > 0, power, 1.0))[:, None]
     correlation = sums.gram / size / size.T
-    factor = jax.scipy.linalg.cho_factor(correlation + ridge * jnp.eye(len(size)))
-    return split_matrices(jax.scipy.linalg.cho_solve(factor, sums.cross / size) / size, mesh)
+    found = solve_positive(correlation + ridge * jnp.eye(len(size)), sums.cross / size, mesh)
+    return split_matrices(found / size, mesh)
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def choose(fitted: Sums, checked: Sums, mesh: Mesh | None) -> Array:
+def _choose(fitted: Sums, checked: Sums, mesh: Mesh | None) -> Array:
     """`solve` of all tokens, by the ridge that serves the checked ones best, if any serves them."""
+    errors = [float(_error(checked, solve(fitted, ridge, mesh))) for ridge in RIDGES]
+    errors = [math.inf if math.isnan(error) else error for error in errors]
+    if min(errors) >= 0:
+        return jnp.zeros_like(fitted.cross)
+    return solve(_add(fitted, checked), RIDGES[errors.index(min(errors))], mesh)
 
-    def error(ridge: Array) -> Array:
-        """By how much the change adds to the summed squares on the checked tokens."""
-        change_IO = solve(fitted, ridge, mesh)
-        squares = jnp.sum(change_IO * exact_dot(checked.gram, change_IO))
-        return squares - 2 * jnp.sum(change_IO * checked.cross)
 
-    ridges = jnp.array(RIDGES)
-    # One after the other: each holds a matrix and its factor, whole on every device.
-    errors = jnp.nan_to_num(jax.lax.map(error, ridges), nan=jnp.inf)
-    everything = Sums(fitted.gram + checked.gram, fitted.cross + checked.cross)
-    best = solve(everything, ridges[jnp.argmin(errors)], mesh)
-    return jnp.where(jnp.min(errors) < 0, best, 0.0)
+@jax.jit
+def _error(checked: Sums, change_IO: Array) -> Array:
+    """By how much a change adds to the summed squares on the checked tokens."""
+    squares = jnp.sum(change_IO * exact_dot(checked.gram, change_IO))
+    return squares - 2 * jnp.sum(change_IO * checked.cross)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.pruning.activations import Batch, tokens_and_segments
+from distill_jax.pruning.elimination import exact_dot, solve_positive
 from distill_jax.pruning.plan import Plan
 
 Tree = TypeVar("Tree")
@@ -157,7 +158,8 @@ def batch_grams(
     where_BT = segment_ids_BT > 0
 
     def gram(x: Array) -> Array:
-        x = x.reshape(*where_BT.shape, -1)
+        # Rows stay split: matrices of which channels are split would have all tokens gathered.
+        x = split_rows(x.reshape(*where_BT.shape, -1), mesh)
         x = jnp.where(where_BT[..., None], x, 0)
         # Split here already: of the matrices of all layers no device may hold the whole.
         return split_matrices(
@@ -183,6 +185,13 @@ def split_matrices(tree: Tree, mesh: Mesh | None) -> Tree:
     if mesh is None:
         return tree
     return jax.lax.with_sharding_constraint(tree, matrix_shardings(tree, mesh))
+
+
+def split_rows(array: Array, mesh: Mesh | None) -> Array:
+    """Split over its first axis, as batches are."""
+    if mesh is None:
+        return array
+    return jax.lax.with_sharding_constraint(array, parallel.batch_sharding(mesh))
 
 
 def matrix_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -211,7 +220,7 @@ def _absorb(
 
     def one(layer: tuple[tuple[Array, ...], Array, Array, Array]) -> tuple[Array, ...]:
         weights_IO, gram, kept, dropped = layer
-        guess = _regression(gram, kept, dropped, damping)
+        guess = _regression(gram, kept, dropped, damping, mesh)
 
         def absorbed(weight_IO: Array) -> Array:
             wide = weight_IO.astype(jnp.float32)
@@ -252,7 +261,9 @@ def balance(
     return norm, tuple(shrunk)
 
 
-def _regression(gram: Array, kept: Array, dropped: Array, damping: Array) -> Array:
+def _regression(
+    gram: Array, kept: Array, dropped: Array, damping: Array, mesh: Mesh | None
+) -> Array:
     """Ridge coefficients [I', I - I'] that predict dropped inputs from kept ones.
 
     Inputs are scaled to unit power first: the damping then weighs on all of them alike, though a
@@ -262,9 +273,7 @@ def _regression(gram: Array, kept: Array, dropped: Array, damping: Array) -> Arr
     size = jnp.sqrt(jnp.where(power > 0, power, 1.0))
     correlation = gram / size[:, None] / size[None, :]
     inner = correlation[kept][:, kept]
-    factor = jax.scipy.linalg.cho_factor(inner + damping * jnp.eye(len(kept)))
-    coefficients = jax.scipy.linalg.cho_solve(factor, correlation[kept][:, dropped])
+    coefficients = solve_positive(
+        inner + damping * jnp.eye(len(kept)), correlation[kept][:, dropped], mesh
+    )
     return coefficients * size[dropped] / size[kept][:, None]
-
-
-exact_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

@@ -181,29 +181,34 @@ class _Repair:
         config = self.plan.target
         layer = self._readers(rows, layer, place, "attention", [row.before for row in rows])
         heads = [steps.heads(config, layer, x.student, x.segments, self.mesh) for x in rows]
-        output = layer["attention"]["output"]
-        flat = output.reshape(-1, config.embed)
-        new = self._writer(rows, heads, flat, [row.middle for row in rows])
-        layer = layer | {"attention": layer["attention"] | {"output": new.reshape(output.shape)}}
+        layer = self._writer(rows, layer, "attention", heads, [row.middle for row in rows])
         layer = self._readers(rows, layer, place, "mlp", [row.middle for row in rows])
         neurons = [steps.neurons(config, layer, row.student, self.mesh) for row in rows]
-        down = self._writer(rows, neurons, layer["mlp"]["down"], [row.after for row in rows])
-        return layer | {"mlp": layer["mlp"] | {"down": down}}
+        return self._writer(rows, layer, "mlp", neurons, [row.after for row in rows])
 
     def _writer(
-        self, rows: Sequence[_Rows], inputs: list[Array], start_IE: Array, wanted: list[Array]
-    ) -> Array:
+        self,
+        rows: Sequence[_Rows],
+        layer: Layer,
+        block: str,
+        inputs: list[Array],
+        wanted: list[Array],
+    ) -> Layer:
         """What writes to the stream, fitted to what the stream lacks; the streams get it."""
+        name = steps.WRITERS[block]
+        old = layer[block][name]
+        start_IE = old.reshape(-1, old.shape[-1])
         parts = (
             steps.writer_sums(
                 x, start_IE, want, row.student, row.segments, self.plan.embed, self.mesh
             )
             for x, want, row in zip(inputs, wanted, rows, strict=True)
         )
-        new_IE = start_IE + fit(parts, self.ridge, self.mesh)
+        axes = models.logical_axes(self.plan.target)["layers"][block][name][1:]
+        new = steps.change(old, fit(parts, self.ridge, self.mesh), axes, self.mesh)
         for x, row in zip(inputs, rows, strict=True):
-            row.student = steps.write(row.student, x, new_IE, self.mesh)
-        return new_IE.astype(start_IE.dtype)
+            row.student = steps.write(row.student, x, new.reshape(start_IE.shape), self.mesh)
+        return layer | {block: layer[block] | {name: new}}
 
     def _readers(
         self, rows: Sequence[_Rows], layer: Layer, place: int, block: str, full: list[Array]

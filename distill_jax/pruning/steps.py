@@ -18,14 +18,18 @@ from jax.sharding import Mesh
 
 from distill_jax import models, parallel
 from distill_jax.models import llama
+from distill_jax.pruning.elimination import exact_dot
 from distill_jax.pruning.least_squares import Sums, sums_of
-from distill_jax.pruning.repair import balance, exact_dot
+from distill_jax.pruning.repair import balance, split_rows
 
 Layer = dict[str, dict[str, Array]]
 """Parameters of one layer."""
 
 READERS = {"attention": ("query", "key", "value"), "mlp": ("gate", "up")}
 """What reads the stream after a block's norm."""
+
+WRITERS = {"attention": "output", "mlp": "down"}
+"""What writes to the stream at a block's end."""
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
@@ -51,17 +55,10 @@ def layer_shardings(config: models.LlamaConfig, mesh: Mesh) -> Layer:
     return parallel.shardings(mesh, axes, shapes)
 
 
-def _rows(array: Array, mesh: Mesh | None) -> Array:
-    """Split over its first axis, as batches are."""
-    if mesh is None:
-        return array
-    return jax.lax.with_sharding_constraint(array, parallel.batch_sharding(mesh))
-
-
 @functools.partial(jax.jit, static_argnames="mesh")
 def embed(embedding_VD: Array, tokens_BT: Array, mesh: Mesh | None) -> Array:
     """The stream before the first layer."""
-    return _rows(embedding_VD[tokens_BT], mesh)
+    return split_rows(embedding_VD[tokens_BT], mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
@@ -71,9 +68,9 @@ def full_layer(
     """The stream after attention, and after the MLP."""
     block = llama.block(config, layer)
     added, _, _ = block.attention(x_BTD, *_surroundings(config, segments_BT), None)
-    middle = _rows(x_BTD + added, mesh)
+    middle = split_rows(x_BTD + added, mesh)
     added, _ = block.mlp(middle)
-    return middle, _rows(middle + added, mesh)
+    return middle, split_rows(middle + added, mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
@@ -83,13 +80,13 @@ def heads(
     """What the output projection reads, [B, T, H C]."""
     block = llama.block(config, layer)
     _, _, seen = block.attention(x_BTE, *_surroundings(config, segments_BT), None)
-    return _rows(seen["heads"].reshape(*segments_BT.shape, -1), mesh)
+    return split_rows(seen["heads"].reshape(*segments_BT.shape, -1), mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def neurons(config: models.LlamaConfig, layer: Layer, x_BTE: Array, mesh: Mesh | None) -> Array:
     """What the down projection reads, [B, T, F]."""
-    return _rows(llama.block(config, layer).mlp(x_BTE)[1]["neurons"], mesh)
+    return split_rows(llama.block(config, layer).mlp(x_BTE)[1]["neurons"], mesh)
 
 
 def _surroundings(config: models.LlamaConfig, segments_BT: Array) -> tuple[Any, llama.Attend]:
@@ -132,10 +129,19 @@ def reader_sums(
     return sums_of(inputs, lacking, (segments_BT > 0).astype(jnp.float32), mesh)
 
 
+@functools.partial(jax.jit, static_argnames=("axes", "mesh"))
+def change(old: Array, change_IE: Array, axes: tuple[str, ...], mesh: Mesh | None) -> Array:
+    """A projection [..., E] of these logical axes and its change."""
+    new = (old.astype(jnp.float32) + change_IE.reshape(old.shape)).astype(old.dtype)
+    if mesh is None:
+        return new
+    return jax.lax.with_sharding_constraint(new, parallel.shardings(mesh, axes, new))
+
+
 @functools.partial(jax.jit, static_argnames="mesh")
 def write(stream_BTE: Array, inputs_BTI: Array, weight_IE: Array, mesh: Mesh | None) -> Array:
     """The stream after a projection."""
-    return _rows(stream_BTE + (inputs_BTI @ weight_IE.astype(inputs_BTI.dtype)), mesh)
+    return split_rows(stream_BTE + (inputs_BTI @ weight_IE), mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "mesh"))

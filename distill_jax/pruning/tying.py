@@ -29,8 +29,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.pruning.activations import Batch, tokens_and_segments
+from distill_jax.pruning.elimination import exact_dot
 from distill_jax.pruning.plan import Plan
-from distill_jax.pruning.repair import exact_dot, split_matrices
+from distill_jax.pruning.repair import split_matrices, split_rows
 
 _ROUNDS = 4
 
@@ -107,7 +108,7 @@ def tie(
     pull_V1 = (reads_V * weight * power / jnp.sum(reads_V * jnp.sum(E_VD**2, axis=1)))[:, None]
     GU_VD = split(exact_dot(U_VD, G_DD))
 
-    def improve(_: int, found: tuple[Array, Array]) -> tuple[Array, Array]:
+    def improve(_: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         M_VD = found[0]
         A_DD = G_DD * exact_dot(M_VD.T, M_VD)
         ridge = 1e-6 * jnp.diag(jnp.diagonal(A_DD))
@@ -119,7 +120,7 @@ def tie(
 
     M_VD, gain_D = jax.lax.fori_loop(0, _ROUNDS, improve, (E_VD, jnp.ones(len(kept))))
     return params | {
-        "embedding": embedding.at[:, kept].set(M_VD.astype(embedding.dtype)),
+        "embedding": split(embedding).at[:, kept].set(M_VD.astype(embedding.dtype)),
         "final_norm": norm.at[kept].multiply(gain_D.astype(norm.dtype)),
     }
 
@@ -134,7 +135,8 @@ def batch_sums(
 ) -> TyingSums:
     """Of one batch."""
     where_BT = segments_BT > 0
-    hidden = models.hidden_states(config, params, tokens_BT, segments_BT)
+    # Rows stay split: a matrix of which channels are split would have all tokens gathered.
+    hidden = split_rows(models.hidden_states(config, params, tokens_BT, segments_BT), mesh)
     hidden = jnp.where(where_BT[..., None], hidden, 0).astype(jnp.float32)
     gram = jnp.einsum("BTD,BTE->DE", hidden, hidden)
     counts = jnp.zeros(config.vocab_size).at[tokens_BT].add(where_BT)

@@ -2,13 +2,14 @@ import dataclasses
 import pathlib
 import typing
 
+import jax
 import pytest
 
 from distill_jax import planning
 from distill_jax.artifacts import InputError
 from distill_jax.models.llama import Remat
 from distill_jax.parallel import MeshConfig, Topology
-from distill_jax.planning import cache, compiling
+from distill_jax.planning import cache, compiling, worker
 from distill_jax.recipe import load_recipe
 
 TINY = str(pathlib.Path(__file__).parents[2] / "configs" / "tiny.py")
@@ -110,6 +111,30 @@ def test_kinds_without_anything_that_fits_are_left_out(machine, question):
     machine.asked.clear()
     planning.would_fit(writing, V5E, a_report(batch=2, fits=False))
     assert {remat for remat, _, _ in machine.asked} == {"none"}  # there is nothing to recompute
+
+
+def test_what_reads_no_rows_is_not_tried_with_fewer(machine, question):
+    pruning = dataclasses.replace(question, stage="prune")
+    planning.would_fit(pruning, V5E, a_report(batch=4, fits=False, tokens=0))
+    assert machine.asked == [("none", 2, "v5e:4x8")]
+
+
+def test_texts_of_a_sweep_have_names_of_their_own(question):
+    def name(choice):
+        (program,) = planning.stage_programs(
+            question.recipe, "distill", choice, jax.devices(), teacher=None
+        )
+        return worker.text_file(program, V5E)
+
+    choices = [
+        planning.Choice(),
+        planning.Choice(batch=2),
+        planning.Choice(batch=2, remat="full"),
+        planning.Choice(batch=2, mesh=MeshConfig(data=2)),
+    ]
+    names = list(map(name, choices))
+    assert names[0] == "distill-v5e-4x4-data1-fsdp8-tensor1-batch1-none.hlo"
+    assert len(set(names)) == len(choices)
 
 
 def test_a_sweep_stops_where_it_does_not_fit_or_gains_nothing(monkeypatch, question):

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import pathlib
 import re
 
@@ -7,11 +8,23 @@ import numpy as np
 import pytest
 from teachers import known
 
-from distill_jax import data, losses, models, parallel, planning, posttraining, teachers, training
+from distill_jax import (
+    data,
+    losses,
+    models,
+    parallel,
+    planning,
+    posttraining,
+    pruning,
+    teachers,
+    training,
+)
 from distill_jax.artifacts import InputError
 from distill_jax.models import presets
-from distill_jax.planning import Choice
+from distill_jax.planning import Choice, cuts
 from distill_jax.planning.shapes import known_teachers, student_shape
+from distill_jax.pruning import least_squares, steps
+from distill_jax.pruning.importance import random_scores
 from distill_jax.recipe import load_recipe
 from distill_jax.teachers import RandomSampling, Threshold, TopK
 
@@ -30,6 +43,10 @@ def recipe():
 def programs(recipe, stage, **options):
     choice = options.pop("choice", Choice())
     return planning.stage_programs(recipe, stage, choice, jax.devices(), **options)
+
+
+def tiny_scores(shape):
+    return pruning.Scores(**random_scores(shape, 1), method="", model="", rows="")
 
 
 def described(tree):
@@ -137,9 +154,107 @@ def test_every_stage_can_be_traced_on_devices_that_are_here(recipe, stage):
     for program in programs(recipe, stage, choice=Choice(batch=1, mesh=mesh)):
         lowered = program.lower()
         assert "module" in lowered.as_text()[:20]
-        assert program.flops > 0 or program.name == "prune cut"
+        assert (program.flops > 0) == (program.name not in ("prune cut", "prune tie"))
         leaves = jax.tree.leaves(program.held)
         assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+class Spied:
+    """A jitted function that notes what it is called with, and what it is lowered for."""
+
+    def __init__(self, function):
+        self.function, self.called, self.lowered = function, [], []
+
+    def __call__(self, *args):
+        self.called.append(args)
+        return self.function(*args)
+
+    def lower(self, *args):
+        self.lowered.append(args)
+        return self.function.lower(*args)
+
+
+def same(planned, given):
+    """Whether arguments are alike in shape, type and place; index arrays may hold other numbers."""
+    if isinstance(planned, jax.ShapeDtypeStruct):
+        alike = (planned.shape, planned.dtype) == (given.shape, given.dtype)
+        return alike and planned.sharding.is_equivalent_to(given.sharding, given.ndim)
+    if isinstance(planned, float):
+        return isinstance(given, float)
+    if isinstance(planned, np.ndarray):
+        return planned.shape == given.shape
+    return planned == given
+
+
+def test_the_steps_of_a_repair_that_are_planned_are_those_that_run(recipe, monkeypatch):
+    """With eight devices, which must repair as one does."""
+    names = ("full_layer", "heads", "neurons", "writer_sums", "reader_sums", "read")
+    spies = {name: Spied(getattr(steps, name)) for name in names}
+    fits = Spied(cuts.solve)
+    mesh = parallel.MeshConfig(fsdp=4, tensor=2)
+    wide = models.LlamaConfig(
+        vocab_size=64, embed=32, mlp=48, layers=3, heads=4, kv_heads=2, head_dim=8, tied=False
+    )
+    target = dataclasses.replace(wide, embed=16, mlp=24, layers=2)
+    teacher = dataclasses.replace(recipe.teachers["large"], shape=wide)
+    prune = dataclasses.replace(recipe.prune, target=target, calibration_rows=16)
+    small = dataclasses.replace(
+        recipe,
+        teachers={**recipe.teachers, "large": teacher},
+        pruned_teacher="large",
+        prune=prune,
+        tokenizer=dataclasses.replace(recipe.tokenizer, vocab_size=64),
+    )
+    planned = programs(small, "prune", choice=Choice(batch=2, mesh=mesh))
+    assert [program.name.removeprefix("prune ") for program in planned] == [
+        *("scores", "cut", "repair layer", "repair heads", "repair neurons", "repair sums"),
+        *("repair fit", "repair read sums", "repair read"),
+    ]
+    for name, spy in spies.items():
+        monkeypatch.setattr(steps, name, spy)
+    monkeypatch.setattr(cuts, "solve", fits)
+    monkeypatch.setattr(least_squares, "solve", fits)
+    for program in planned[2:]:
+        program.lower()
+    devices = planned[0].mesh
+    params = models.init_params(wide, jax.random.key(0))
+    places = parallel.shardings(devices, models.logical_axes(wide), params)
+    length = small.corpus.sequence_length
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 8, length), dtype=np.int32)
+    batches = [{"tokens": rows} for rows in tokens]
+    plan = pruning.make_plan(tiny_scores(wide), wide, target)
+    run = functools.partial(pruning.repair_in_sequence, plan, batches=batches)
+    eight = run(models.Model(wide, jax.device_put(params, places)), mesh=devices)
+    for name, spy in {**spies, "solve": fits}.items():
+        (wanted,) = spy.lowered
+        found = [
+            jax.tree.structure(wanted) == jax.tree.structure(args)
+            and all(map(same, jax.tree.leaves(wanted), jax.tree.leaves(args)))
+            for args in spy.called
+        ]
+        assert any(found), name
+    held = planned[2].held
+    assert described(held["student"][0]) == described(eight)
+    monkeypatch.undo()
+    one = run(models.Model(wide, params))
+    hidden = [models.logits(target, tree, tokens[0]) for tree in (one, eight)]
+    np.testing.assert_allclose(*hidden, atol=2e-3)
+
+
+def test_every_round_of_a_chain_is_planned():
+    """Only the first makes one matrix of two; the second cuts what the first leaves."""
+    recipe = load_recipe(str(CONFIGS / "llama3_2_chain.py"))
+    planned = {p.name: p for p in programs(recipe, "prune", choice=Choice(batch=1))}
+    first = [name.removeprefix("round 0 ") for name in planned if name.startswith("round 0 ")]
+    last = [name for name in planned if name.startswith("prune ")]
+    assert [name for name in first if "tie" not in name] == last
+    assert [name for name in first if "tie" in name] == ["prune tie sums", "prune tie"]
+    assert len(planned) == len(first) + len(last)
+    shapes = presets.LLAMA_3_1_8B, recipe.rounds[0].prune.target
+    for name, shape in zip(("round 0 prune cut", "prune cut"), shapes, strict=True):
+        assert described(planned[name].held["parameters"]) == described(
+            models.abstract_params(shape)
+        )
 
 
 def test_the_recipes_own_choice_is_kept_and_others_are_made(recipe):

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from distill_jax import models, parallel
 from distill_jax.parallel import OutOfMemory, Topology
 from distill_jax.planning import Program, Report, make_report
-from distill_jax.planning.report import memory_parts, shard_bytes
+from distill_jax.planning.report import memory_parts, shard_bytes, used_bytes
 
 MESH = parallel.make_mesh(parallel.MeshConfig(data=2, fsdp=4), jax.devices())
 SHAPE = models.LlamaConfig(
@@ -67,7 +67,13 @@ def compiled():
         alias_size_in_bytes=600,
         peak_memory_in_bytes=1200,
     )
-    return types.SimpleNamespace(as_text=lambda: HLO, memory_analysis=lambda: stats)
+    arguments = jax.tree.leaves(a_program().held)
+    return types.SimpleNamespace(
+        as_text=lambda: HLO,
+        memory_analysis=lambda: stats,
+        args_info=arguments,
+        input_shardings=[argument.sharding for argument in arguments],
+    )
 
 
 def test_a_chips_share_of_arguments():
@@ -79,7 +85,7 @@ def test_a_chips_share_of_arguments():
 
 def test_memory_by_part_adds_up_to_the_whole():
     stats = compiled().memory_analysis()
-    parts = memory_parts({"parameters": 680.0, "batch": 64.0}, stats)
+    parts = memory_parts({"parameters": 680.0, "batch": 64.0}, 744.0, stats)
     assert parts == {
         "parameters": 680,
         "batch": 64,
@@ -88,6 +94,38 @@ def test_memory_by_part_adds_up_to_the_whole():
         "results": 50,
     }
     assert sum(parts.values()) == parallel.tpu_cost.memory_bytes(stats) == 1350
+
+
+def test_what_a_program_does_not_use_is_held_all_the_same():
+    """`jit` drops an argument; a third array waits beside the program."""
+    used, dropped = struct((64, 10), P("fsdp")), struct((32, 4), P("data"))
+    made = jax.jit(lambda a, b: a["x"] * 2).lower({"x": used}, dropped).compile()
+    assert used_bytes(made) == 16 * 10 * 4
+    assert made.memory_analysis().argument_size_in_bytes == 16 * 10 * 4
+    held = {"parameters": (used, dropped), "streams": struct((1000,), P())}
+    stats = made.memory_analysis()
+    known = {"memory_analysis": lambda: stats, "as_text": lambda: HLO}
+    made = types.SimpleNamespace(
+        args_info=made.args_info, input_shardings=made.input_shardings, **known
+    )
+    report = make_report(a_program(held=held), Topology.parse("v5e:16x16"), made)
+    beside = 16 * 4 * 4 + 4000
+    assert report.memory["parameters"] == 16 * 10 * 4 + 16 * 4 * 4
+    assert "padding" not in report.memory
+    assert report.hbm == sum(report.memory.values())
+    assert report.hbm == parallel.tpu_cost.memory_bytes(stats) + beside
+    assert report.peak == stats.peak_memory_in_bytes + beside
+    assert report.fits
+
+
+def test_what_waits_beside_must_fit_too():
+    topology = Topology.parse("v5e:16x16")
+    streams = struct((int(topology.chip.hbm / 4) - 200,), P())
+    program = a_program(held=a_program().held | {"streams": streams})
+    report = make_report(program, topology, compiled())
+    assert not report.fits
+    assert "of them for what waits beside it, there are 16.9" in report.problem
+    assert report.line(None)["hbm_peak_gb"] == (4 * streams.size + 1200) / 1e9
 
 
 def test_figures_by_hand():

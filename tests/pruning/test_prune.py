@@ -112,6 +112,8 @@ def test_wrong_fields():
         PruneConfig(target=TARGET, kv_choice="nope")
     with pytest.raises(InputError, match="calibration_rows is 0"):
         PruneConfig(target=TARGET, calibration_rows=0)
+    with pytest.raises(InputError, match="sequence_rows is 0"):
+        PruneConfig(target=TARGET, sequence_rows=0)
     with pytest.raises(InputError, match="repair_order is 'twice'; choose one of at_once"):
         PruneConfig(target=TARGET, repair_order="twice")
     with pytest.raises(InputError, match="ridge is 0"):

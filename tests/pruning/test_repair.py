@@ -11,6 +11,7 @@ import tiny
 
 from distill_jax import losses, models, parallel
 from distill_jax.artifacts import InputError
+from distill_jax.parallel import tpu_cost
 from distill_jax.pruning import (
     apply_plan,
     grams,
@@ -19,6 +20,9 @@ from distill_jax.pruning import (
     repair,
     repair_in_sequence,
 )
+from distill_jax.pruning.prune import jit_repair
+from distill_jax.pruning.repair import batch_grams
+from distill_jax.pruning.tying import batch_sums
 
 RIDGE = 1e-2
 
@@ -151,6 +155,32 @@ def test_eight_devices_equal_one():
     assert eight["neurons"].addressable_shards[0].data.shape == (4, 5, 10)
     for name in one:
         np.testing.assert_allclose(eight[name], one[name], rtol=1e-4, atol=1e-4)
+    placed = parallel.shardings(mesh, models.logical_axes(model.config), model.params)
+    params = jax.device_put(model.params, placed)
+    got = jit_repair(plan, RIDGE, mesh)(params, eight)
+    want = jit_repair(plan, RIDGE, None)(model.params, one)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), got, want)
+
+
+@pytest.mark.parametrize("statistics", ["grams", "tying"])
+def test_statistics_gather_weights_and_no_tokens(statistics):
+    """Of all that is sent no array is larger than a layer, though there are many more tokens."""
+    config = dataclasses.replace(tiny.SOURCE, embed=16, mlp=32)
+    mesh = parallel.make_mesh(parallel.MeshConfig(fsdp=8))
+    abstract = models.abstract_params(config)
+    params = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        abstract,
+        parallel.shardings(mesh, models.logical_axes(config), abstract),
+    )
+    tokens = jax.ShapeDtypeStruct((64, 64), jnp.int32, sharding=parallel.batch_sharding(mesh))
+    if statistics == "grams":
+        names = ("attention_input", "heads", "mlp_input", "neurons", "final")
+        lowered = batch_grams.lower(params, tokens, tokens, config, names, mesh)
+    else:
+        lowered = batch_sums.lower(config, params, tokens, tokens, mesh)
+    layer = (config.non_embedding_parameters - config.embed) // config.layers * 4
+    assert tpu_cost.largest_gathered(lowered.compile().as_text()) <= layer
 
 
 @pytest.fixture(scope="module")

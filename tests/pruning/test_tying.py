@@ -9,6 +9,7 @@ import tiny
 from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.pruning import apply_plan, make_plan, tie, tying_sums
+from distill_jax.pruning.prune import jit_tie
 
 WEIGHT = 0.1
 
@@ -89,8 +90,10 @@ def test_eight_devices_equal_one():
     one, eight = (tying_sums(model, [batch], mesh=some) for some in (None, mesh))
     assert eight.gram.addressable_shards[0].data.shape == (4, 8)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), eight, one)
-    fit = jax.jit(lambda params, sums: tie(plan, params, sums))
-    first, second = (fit(model.params, sums) for sums in (one, eight))
+    first = jit_tie(plan, None)(model.params, one)
+    placed = parallel.shardings(mesh, models.logical_axes(source), model.params)
+    second = jit_tie(plan, mesh)(jax.device_put(model.params, placed), eight)
+    assert second["embedding"].sharding.is_equivalent_to(placed["embedding"], 2)
     np.testing.assert_allclose(second["embedding"], first["embedding"], rtol=1e-2, atol=1e-3)
 
 
