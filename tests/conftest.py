@@ -1,17 +1,41 @@
 """Every test sees eight CPU devices, so that sharding is exercised wherever it matters.
 
 All processes of a run of the tests, those that tests start among them, share what they compile:
-most of the time goes there, and recipes are run several times.
+most of the time goes there, and recipes are run several times. For the same reason the compiler
+does not optimise, but where the fixture `optimised` asks for it: programs of the tests run on a
+handful of numbers.
 """
 
 import os
 import tempfile
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Threads of XLA: in a collective each device holds one, and others must be left to compute.
 os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="distill_jax-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+_LONGEST = ("test_end_to_end.py", "test_checks.py", "test_loop.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Optimises what this process compiles: for tests that compute longer than they compile."""
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)

@@ -274,6 +274,7 @@ def test_agreement_lies_between_disjoint_and_equal(batch):
     assert bool(jnp.all(agree({"a": top_k, "b": targets["8b"]}) <= 1.0))
 
 
+@pytest.mark.slow
 def test_agreement_of_top_k_is_over_shared_ids_and_a_bucket(batch):
     _, targets = batch
     small, large = targets["8b"][1:], targets["70b"][1:]

@@ -88,6 +88,7 @@ def through(objective, logits, targets, where, dtype=jnp.float32):
     return totals.loss, gradient, kinds
 
 
+@pytest.mark.slow
 def test_equals_the_gradient_of_whole_distributions():
     logits, targets, where = inputs()
     loss, gradient, kinds = through(OBJECTIVE, logits, targets, where)

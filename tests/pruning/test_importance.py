@@ -77,6 +77,7 @@ def test_scores_equal_brute_force(sequence, over_rows):
         np.testing.assert_allclose(getattr(got, name), want, rtol=2e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_split_into_batches():
     model, batch = tiny.model(), tiny.rows(16)
     for how in NUMPY:

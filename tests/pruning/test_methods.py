@@ -55,7 +55,7 @@ def products_by_differences(config, params, batch):
     return jax.tree.map(one, params)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_taylor_equals_finite_differences(tied):
     config = dataclasses.replace(SMALL, tied=tied)
     model, batch = tiny.model(config, scale=0.5), tiny.rows(3, time=5, vocab_size=7)
@@ -151,7 +151,7 @@ def test_removal_losses_equal_brute_force():
         removal_losses(model, [])
 
 
-@pytest.mark.parametrize("method", ["taylor", "fluctuation"])
+@pytest.mark.parametrize("method", [pytest.param("taylor", marks=pytest.mark.slow), "fluctuation"])
 def test_eight_devices_equal_one(method):
     config = dataclasses.replace(tiny.SOURCE, embed=16, vocab_size=32)
     model, batch = tiny.model(config), tiny.rows(8, vocab_size=32)

@@ -88,6 +88,7 @@ def test_rows_of_another_tokenizer_are_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_prune_by_perplexity_with_merged_heads(tmp_path, measured):
     """The stage measures what its choice of layers needs, once for two targets."""
     model = tiny.model()

@@ -95,6 +95,7 @@ def test_losses_are_the_students_and_one_program_serves_all_shapes():
     assert found[1].repaired_loss is None
 
 
+@pytest.mark.slow
 def test_layers_that_do_nothing_go_first():
     """Half of the layers are silent: the best shape at that cost is a shallow one, not a thin."""
     model = tiny.model(SOURCE, scale=0.4)

@@ -179,6 +179,7 @@ def test_what_cannot_be_learnt_from_the_rows_is_left_as_it_was_cut():
         assert not np.array_equal(forced[block][name][layer], plain[block][name][layer])
 
 
+@pytest.mark.slow
 def test_another_start_is_cut_but_is_not_the_aim():
     """Values doubled and outputs halved: the same function and aim, in other weights."""
     model, plan = tiny.model(), everything_plan()

@@ -128,6 +128,7 @@ def test_schemes_are_set_up_for_the_bytes_that_are_asked(measure, name):
     np.testing.assert_array_equal(back["length"], whole["length"])
 
 
+@pytest.mark.slow
 def test_a_measurement_as_a_whole_and_in_parts(measure, monkeypatch, tmp_path):
     monkeypatch.setitem(measure.quality.SOURCES, "synthetic", Source)
     ask = lambda **more: measure.quality.measure(  # noqa: E731

@@ -48,6 +48,7 @@ def test_draws_follow_the_distribution():
     assert np.abs(z).max() < 4.5
 
 
+@pytest.mark.slow
 def test_an_impossible_id_is_never_drawn():
     probs = np.zeros(1000)
     probs[[3, 500, 998]] = 1e-30, 0.5, 0.5
@@ -57,6 +58,7 @@ def test_an_impossible_id_is_never_drawn():
     assert set(drawn(only, 100).tolist()) == {49}
 
 
+@pytest.mark.slow
 def test_ids_below_the_resolution_of_one_cumulative_sum_are_drawn_alike():
     """A million ids of 1.5e-8 each: one float32 cumulative sum could reach an eighth of them.
 

@@ -88,6 +88,7 @@ def test_random_sampling_is_unbiased(logits):
     assert 0.6 < np.mean(z**2) < 1.4
 
 
+@pytest.mark.slow
 def test_weights_estimate_the_gradient_of_the_whole_distribution(logits):
     """Through the loss itself: the mean gradient over many samples is softmax(student) - p."""
     rows, scheme = 600, teachers.RandomSampling(draws=50)

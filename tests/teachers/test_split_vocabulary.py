@@ -87,6 +87,7 @@ def test_a_vocabulary_of_fewer_ids_a_device_than_are_kept():
         np.testing.assert_allclose(split["log_probs"], whole["log_probs"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sums_of_steps_do_not_depend_on_the_split():
     """Exactly: the same whole numbers, located in one piece and in four."""
     steps = np.random.default_rng(2).integers(0, 2**17, (TOKENS, VOCAB), dtype=np.uint32)

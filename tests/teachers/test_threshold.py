@@ -146,6 +146,7 @@ def test_the_squared_error_is_that_of_poisson_sampling(scheme):
     assert errors.mean() == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_mean_gradient_is_that_of_the_whole_distribution():
     scheme, logits, redraws = SCHEMES[0], teacher("plain"), 2000
     encoded = encode(scheme, np.tile(logits, (redraws, 1)), keys(redraws))

@@ -102,6 +102,7 @@ def test_resumes_with_the_same_bits(tmp_path):
     assert expected[-1]["tokens"] == 7 * 8 * 9
 
 
+@pytest.mark.slow
 def test_learns_and_reports_the_loss_of_the_parameters_before_the_step(tmp_path):
     config = TrainConfig(steps=30, batch_rows=8)
     run(tmp_path, config=config)
@@ -111,7 +112,8 @@ def test_learns_and_reports_the_loss_of_the_parameters_before_the_step(tmp_path)
     assert lines[0]["hard"] == lines[0]["loss"]
 
 
-@pytest.mark.parametrize("vocabulary", [31, 32])  # left whole, and split over two devices
+# Left whole, and split over two devices.
+@pytest.mark.parametrize("vocabulary", [pytest.param(31, marks=pytest.mark.slow), 32])
 def test_one_device_and_eight_agree(tmp_path, vocabulary):
     shape = dataclasses.replace(CONFIG, vocab_size=vocabulary)
     eight = run(
