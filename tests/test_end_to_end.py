@@ -44,7 +44,7 @@ KILLS = (
     ("corpus", "started.json", signal.SIGKILL),
     ("targets/large", "*/*array_record-00001*", signal.SIGTERM),
     ("prune", "plan.json", signal.SIGKILL),
-    ("distill/seed-0", _CHECKPOINT, signal.SIGTERM),
+    ("distill/seed-0", _CHECKPOINT, signal.SIGKILL),
     ("distill/seed-0", "model.json", signal.SIGKILL),
     ("rejection-sample", "samples/part-*.jsonl", signal.SIGKILL),
     ("dpo", _CHECKPOINT, signal.SIGTERM),
