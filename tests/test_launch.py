@@ -120,8 +120,9 @@ def test_the_example_is_printed_whole_and_nothing_is_run(launching, monkeypatch,
         '--metadata-from-file="startup-script=$startup"',
     ]
     assert (
-        "    us-docker.pkg.dev/my-project/images/distill-jax bash -c 'mkdir -p /bucket && gcsfuse "
-        "--implicit-dirs --metadata-cache-ttl-secs=0 my-bucket /bucket && exec distill-jax run "
+        "    us-docker.pkg.dev/my-project/images/distill-jax bash -c '{ mkdir -p /bucket && "
+        "gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 my-bucket /bucket; } || exit 75; exec "
+        "distill-jax run "
         "configs/llama3_2_1b.py --set=tokens=100B --out /bucket/runs/llama-1b'\n"
     ) in printed
     assert launch("--dry-run", "--delete")[1] == (

@@ -229,7 +229,7 @@ def forward(
 ) -> Array:
     """`models.hidden_states`, compiled once for each shape; on a mesh every device's rows apart."""
     run: Any = functools.partial(hidden_states, config)
-    if mesh is not None and mesh.size > 1:
+    if mesh is not None and parallel.row_shards(mesh) > 1:
         shares = parallel.Shares(mesh, logical_axes(config), params)
         run = parallel.map_rows(functools.partial(run, reading=Reading.of(shares)), shares)
     return run(params, tokens_BT, segment_ids_BT)

@@ -65,7 +65,7 @@ def _splash(
 
     attend: Callable[..., Array] = kernel
     mesh = jax.sharding.get_abstract_mesh()
-    if axes := tuple(set(mesh.axis_names) - set(mesh.manual_axes)):
+    if axes := tuple(name for name in mesh.axis_names if name not in mesh.manual_axes):
         shards = math.prod(mesh.shape[name] for name in axes)
         divides = query.shape[2] % shards == key.shape[2] % shards == 0
         spec = PartitionSpec(None, axes if divides else None)

@@ -272,8 +272,15 @@ class Llama(nnx.Module):
 
 
 _ATTENDED = jax.checkpoint_policies.save_only_these_names(ATTENDED)
+
+
+def _all_but_read(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Keeps everything but parameters that were made whole, in either of their names."""
+    return primitive.name != "all_gather" and parameters.get("name") != _AS_READ
+
+
 _KEPT: dict[Remat, Any] = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(_AS_READ),
+    "none": _all_but_read,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, _ATTENDED
     ),

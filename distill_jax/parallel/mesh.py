@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax.artifacts import InputError
@@ -67,24 +68,46 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
         sizes[sizes.index(-1)] = max(len(devices) // rest, 1)
     data, fsdp, tensor = sizes
     minor = _minor(fsdp, devices) if config.fsdp_minor is None else config.fsdp_minor
-    if any(size < 1 for size in (*sizes, minor)) or math.prod(sizes) != len(devices):
+    if any(size < 1 for size in sizes) or math.prod(sizes) != len(devices):
         raise InputError(
             f"MeshConfig(data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}) "
             f"does not arrange {len(devices)} devices"
         )
-    if fsdp % minor:
+    if minor < 1 or fsdp % minor:
         raise InputError(f"MeshConfig: fsdp_minor={minor} does not divide fsdp={fsdp}")
-    auto = (jax.sharding.AxisType.Auto,) * 4
+    tries = [minor] if config.fsdp_minor is not None or minor == 1 else [minor, 1]
+    for minor in tries:
+        try:
+            return _lay((data, fsdp // minor, minor, tensor), devices)
+        except NotImplementedError as error:  # JAX splits an axis of a v5e alone
+            refused = error
+    raise InputError(
+        f"a mesh of data {data}, fsdp {fsdp} with {minor} along a second axis, tensor {tensor} "
+        "does not lie along the axes of this slice; let each be a product of some of the slice's "
+        "sizes"
+    ) from refused
+
+
+def _lay(shape: tuple[int, int, int, int], devices: Sequence[Any]) -> Mesh:
+    """The mesh; the slices of several are replicas, between which the slow network lies.
+
+    Raises:
+      InputError: "data" is no multiple of the slices.
+      NotImplementedError: JAX cannot lay it along the axes of a slice.
+    """
     names = ("data", "fsdp", "fsdp_minor", "tensor")
-    shape = (data, fsdp // minor, minor, tensor)
-    try:
+    auto = (jax.sharding.AxisType.Auto,) * 4
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
         return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
-    except NotImplementedError as error:  # JAX splits an axis of a v5e alone
+    if shape[0] % slices:
         raise InputError(
-            f"a mesh of data {data}, fsdp {fsdp} with {minor} along a second axis, tensor {tensor} "
-            "does not lie along the axes of this slice; let each be a product of some of the "
-            "slice's sizes"
-        ) from error
+            f"MeshConfig: data={shape[0]} is no multiple of the {slices} slices, each of which "
+            "holds whole replicas"
+        )
+    inside = (shape[0] // slices, *shape[1:])
+    laid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices)
+    return Mesh(laid, names, axis_types=auto)
 
 
 def _minor(fsdp: int, devices: Sequence[Any]) -> int:
@@ -92,7 +115,7 @@ def _minor(fsdp: int, devices: Sequence[Any]) -> int:
     places = [getattr(device, "coords", None) for device in devices]
     if fsdp < 1 or None in places:
         return 1
-    lengths = [len(set(along)) for along in zip(*places, strict=True)]
+    lengths = [len(set(along)) for along in zip(*places, strict=True)]  # the same in all slices
     last = next((length for length in reversed(lengths) if length > 1), 1)
     return last if fsdp % last == 0 and fsdp > last else 1
 
@@ -100,7 +123,7 @@ def _minor(fsdp: int, devices: Sequence[Any]) -> int:
 def mesh_sizes(mesh: Mesh) -> dict[str, int]:
     """The fields of the MeshConfig that makes such a mesh of as many devices."""
     sizes = dict(mesh.shape)
-    return sizes | {"fsdp": sizes["fsdp"] * sizes["fsdp_minor"]}
+    return sizes | {"fsdp": sizes.get("fsdp", 1) * sizes.get("fsdp_minor", 1)}
 
 
 def row_axes(mesh: Mesh) -> tuple[str, ...]:

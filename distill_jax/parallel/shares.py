@@ -79,9 +79,8 @@ class Shares:
 
         def look_up(table: Array, tokens: Array) -> Array:
             outer, inner = embed[:1], embed[1:]
-            table = _gather(
-                table, (vocabulary, inner), "float32", tuple(n for n in self.rows if n not in outer)
-            )
+            summed = tuple(name for name in self.rows if name not in outer)
+            table = _gather(table, (vocabulary, inner), str(table.dtype), summed)
             ids = tokens.reshape(-1)
             for axis in outer:
                 ids = jax.lax.all_gather(ids, axis, tiled=True)
@@ -176,7 +175,10 @@ def _shard_map(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(share: Array, split: Spec, dtype: str, rows: tuple[str, ...]) -> Array:
     """The whole of a share; its derivative is summed over the axes `rows`, in float32."""
+    return _all_gather(share, split, dtype, rows)
 
+
+def _all_gather(share: Array, split: Spec, dtype: str, rows: tuple[str, ...]) -> Array:
     def gather(share: Array) -> Array:
         for axis, names in enumerate(split):
             for name in reversed(_among(names, rows)):
@@ -187,7 +189,7 @@ def _gather(share: Array, split: Spec, dtype: str, rows: tuple[str, ...]) -> Arr
 
 
 def _gather_forward(share: Array, split: Spec, dtype: str, rows: tuple[str, ...]) -> Any:
-    return _gather(share, split, dtype, rows), jnp.zeros((), share.dtype)
+    return _all_gather(share, split, dtype, rows), jnp.zeros((), share.dtype)
 
 
 def _gather_backward(

@@ -7,6 +7,7 @@ one that follows the furthest of all. Calls must come in the same order on all p
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -114,6 +115,7 @@ def listen() -> None:
                 client.wait_at_barrier(f"{_PLACE}/barrier", round(1000 * _AGREE_S))
             except jax.errors.JaxRuntimeError:  # for all alike: one has ended, or is lost
                 _State.agreeing = False
+                print("the processes did not agree where to stop: they go on", file=sys.stderr)
                 return
             asked = client.key_value_dir_get(f"{_PLACE}/asked/")
             _State.last = max(int(text) for _, text in asked) + 1

@@ -62,8 +62,9 @@ class TrainConfig:
       optimizer: the optimizer.
       seed: orders the data.
       remat: what the backward pass recomputes inside a layer.
-      compute_dtype: type of parameters and activations in the forward and backward pass; the
-        optimizer's copy stays float32.
+      compute_dtype: type of parameters and activations in the forward and backward pass, which a
+        stage gives to its loss function; the optimizer's copy stays float32. A loss function of
+        your own casts for itself.
       checkpoint_every: steps between checkpoints.
       log_every: steps between lines of metrics.
     """

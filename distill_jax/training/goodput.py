@@ -35,7 +35,8 @@ class Goodput:
         self._start = time.time()
         self._clock = self._written = time.monotonic()
         self._seconds = dict.fromkeys((START_UP, COMPILE, DATA, CHECKPOINT), 0.0)
-        self._first = self._last = 0
+        self._first: int | None = None
+        self._last: int | None = None
         parallel.at(0, START_UP)
 
     def begin(self, step: int) -> None:
@@ -87,12 +88,15 @@ class Goodput:
 
     def _session(self) -> dict[str, Any]:
         wall = time.monotonic() - self._clock
+        seconds = dict(self._seconds)
+        if self._first is None:  # it ended before its first step
+            seconds[START_UP] = wall
         return {
             "start": self._start,
             "end": self._start + wall,
             "first": self._first,
             "last": self._last,
-            "seconds": {STEP: max(wall - sum(self._seconds.values()), 0.0), **self._seconds},
+            "seconds": {STEP: max(wall - sum(seconds.values()), 0.0), **seconds},
         }
 
 
@@ -105,8 +109,8 @@ def read_sessions(directory: epath.Path) -> list[dict[str, Any]]:
 def account(sessions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a run's sessions did with the time from the first one's start to the last one's end.
 
-    Steps that a session did beyond where the next one went on were lost: their share of its step
-    time counts as recomputed. Time between two sessions counts as down.
+    Steps that a session did beyond where the next one that began went on were lost: their share of
+    its step time counts as recomputed. Time between two sessions counts as down.
 
     Returns:
       "wall", in seconds; "goodput", the part of it that went into steps which counted; "seconds",
@@ -119,10 +123,11 @@ def account(sessions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for what, spent in session["seconds"].items():
             seconds[what] += spent
         if number + 1 < len(sessions):
-            following = sessions[number + 1]
-            seconds[_DOWN] += max(following["start"] - session["end"], 0.0)
+            seconds[_DOWN] += max(sessions[number + 1]["start"] - session["end"], 0.0)
+        later = [other["first"] for other in sessions[number + 1 :] if other["first"] is not None]
+        if session["first"] is not None and later:
             steps = session["last"] - session["first"]
-            lost = min(max(session["last"] - following["first"], 0), steps)
+            lost = min(max(session["last"] - later[0], 0), steps)
             again = session["seconds"][STEP] * lost / max(steps, 1)
             seconds[STEP] -= again
             seconds[_RECOMPUTED] += again

@@ -97,7 +97,7 @@ def loss_of_rows(
       mesh: where `train` runs: every device computes with rows of its own, and makes a layer's
         parameters whole when it needs them. None leaves that to the compiler.
     """
-    if mesh is not None and mesh.size > 1:
+    if mesh is not None and parallel.row_shards(mesh) > 1:
         shares = parallel.Shares(mesh, logical_axes(config), abstract_params(config), compute_dtype)
         return parallel.over_rows(functools.partial(totals, shares=shares), shares)
 

@@ -57,7 +57,7 @@ def sum_gradients(
             return totals.loss, totals
 
         grads, totals = jax.grad(loss, has_aux=True)(params)
-        return grads, totals
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), totals
 
     if parts == 1:
         return gradients(batch)

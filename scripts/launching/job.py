@@ -13,7 +13,7 @@ from typing import Literal
 import pydantic
 
 from distill_jax.artifacts import InputError
-from distill_jax.parallel import Topology
+from distill_jax.parallel import EXIT_AGAIN, Topology
 from distill_jax.recipe import load_recipe
 
 Platform = Literal["queued-resources", "gke"]
@@ -97,7 +97,8 @@ class Job:
         run += ["--out", f"{MOUNT}/runs/{self.name}"]
         # Hosts read what the first has just written.
         mount = f"gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 {bucket} {MOUNT}"
-        return f"mkdir -p {MOUNT} && {mount} && exec {shlex.join(run)}"
+        # A bucket that does not answer now may do so later.
+        return f"{{ mkdir -p {MOUNT} && {mount}; }} || exit {EXIT_AGAIN}; exec {shlex.join(run)}"
 
 
 def load_job(path: str | os.PathLike[str]) -> Job:

@@ -46,6 +46,7 @@ def by_hand(query, key, value, segment_ids):
 def interpreted(monkeypatch):
     """The TPU's kernel, run by an interpreter."""
     monkeypatch.setattr(attention, "_kernels", lambda: True)
+    monkeypatch.setattr(attention, "_BLOCK", T // 2)
     kernel = functools.partial(splash_attention.make_splash_mha, interpret=True)
     monkeypatch.setattr(attention.splash, "make_splash_mha", kernel)
 

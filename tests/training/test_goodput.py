@@ -46,6 +46,27 @@ def test_steps_that_were_lost_and_time_between_sessions_do_not_count():
     assert account([]) == {}
 
 
+def test_a_start_that_failed_loses_no_steps():
+    sessions = [
+        session(0, 100, 0, 500),
+        session(110, 130, None, None, **{"start-up": 20}),
+        session(140, 160, 500, 600),
+    ]
+    seconds = account(sessions)["seconds"]
+    assert (seconds["step"], seconds["recomputed"]) == (120, 0)
+    assert (seconds["start-up"], seconds["down"]) == (20, 20)
+
+
+def test_a_session_that_did_not_begin_was_starting_up(tmp_path):
+    place = epath.Path(tmp_path)
+    with pytest.raises(OSError, match="no bucket"), Goodput(place):
+        raise OSError("no bucket")
+    (left,) = read_sessions(place)
+    assert left["first"] is None
+    assert left["seconds"]["step"] == 0
+    assert left["seconds"]["start-up"] == pytest.approx(left["end"] - left["start"], abs=1e-5)
+
+
 class Busy:
     """What devices compute, as the host sees it."""
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from distill_jax import losses, models, parallel
 from distill_jax.training import language_model_loss
@@ -82,6 +83,26 @@ def test_gradients_are_scattered_in_float32_and_never_summed_whole():
         for sizes in re.findall(r"= \w+\[([\d,]+)\]\S* all-reduce", text)
     ]
     assert not [size for size in whole if size > 1]  # the totals alone
+
+
+def kept_for_the_backward_pass(jaxpr, inside=False):
+    """Shapes that scans inside of `shard_map` give."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if inside and name == "scan":
+            yield from (variable.aval.shape for variable in equation.outvars)
+        for part in jaxprs_in_params(equation.params):
+            yield from kept_for_the_backward_pass(part, inside or name == "shard_map")
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "attention"])
+def test_no_parameters_that_were_made_whole_wait_for_the_backward_pass(remat):
+    config, mesh = shape(), parallel.make_mesh(parallel.MeshConfig(data=2, tensor=2))
+    jaxpr = jax.make_jaxpr(step(config, mesh, remat=remat))(placed(config, mesh))
+    kept = set(kept_for_the_backward_pass(jaxpr.jaxpr))
+    D, F, L = config.embed, config.mlp, config.layers
+    assert (L, D // 2, F) in kept  # the gradient of shares
+    assert not kept & {(L, D, F), (L, F, D)}
 
 
 def test_bfloat16_computes_and_float32_learns():
