@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 
 import jax
 import pytest
@@ -65,7 +66,8 @@ def test_strangers_and_those_who_come_again_do_no_harm(address):
     port = int(address.rpartition(":")[2])
 
     def connect(text):
-        for _ in range(200):
+        for _ in range(500):
+            time.sleep(0.02)
             with contextlib.suppress(ConnectionRefusedError):
                 with socket.create_connection(("localhost", port), 5) as connection:
                     connection.sendall(text)
@@ -158,8 +160,12 @@ def test_clusters_need_no_flags(monkeypatch, environment, tpu, place):
 
 
 def test_a_first_host_without_a_name_is_named(monkeypatch):
+    def unknown(name):
+        raise socket.gaierror(name)
+
     monkeypatch.setenv("DISTILL_JAX_WAIT_S", "0.1")
     monkeypatch.setattr(cloud_tpu_cluster.time, "sleep", lambda _: None)
+    monkeypatch.setattr(cloud_tpu_cluster.socket, "gethostbyname", unknown)
     nowhere = GKE | {"TPU_WORKER_HOSTNAMES": "no-such-host.invalid,other"}
     with pytest.raises(parallel.ProcessLost, match=r"process 0 did not .*no-such-host\.invalid"):
         joined(monkeypatch, nowhere, tpu=True)
