@@ -53,7 +53,8 @@ def _kernels() -> bool:
     if mesh.empty:
         return jax.default_backend() == "tpu" and jax.device_count() == 1
     device = mesh.abstract_device
-    return device is not None and device.platform == "tpu" and bool(mesh.manual_axes)
+    alone = bool(mesh.manual_axes) or mesh.size == 1
+    return device is not None and device.platform == "tpu" and alone
 
 
 def _splash(

@@ -1,4 +1,5 @@
 import functools
+import types
 
 import chex
 import jax
@@ -81,5 +82,19 @@ def test_lengths_that_no_block_divides_are_left_to_xla(interpreted):
     np.testing.assert_allclose(found, by_hand(*arrays(), segments())[:, :100], atol=2e-6)
 
 
-def test_kernels_are_for_tpus_where_a_device_works_alone():
-    assert not attention._kernels()  # this is no TPU
+@pytest.mark.parametrize(
+    ("platform", "manual", "size", "kernels"),
+    [
+        ("tpu", ("data",), 4, True),
+        ("tpu", (), 1, True),
+        ("tpu", (), 4, False),  # the compiler cannot split a kernel
+        ("cpu", ("data",), 4, False),
+    ],
+)
+def test_kernels_are_for_tpus_where_a_device_works_alone(
+    monkeypatch, platform, manual, size, kernels
+):
+    device = types.SimpleNamespace(platform=platform)
+    mesh = types.SimpleNamespace(empty=False, abstract_device=device, manual_axes=manual, size=size)
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+    assert attention._kernels() is kernels
