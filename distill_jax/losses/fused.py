@@ -179,6 +179,8 @@ def _scatter(layout, unembedding_bar):
         return unembedding_bar
     axis = layout.order.index("d")
     others = tuple(name for name in layout.tokens if name not in layout.embed)
+    if layout.within:
+        others = tuple(name for name in others if jax.lax.axis_size(name) > 1)
 
     def reduce_to_owner(bar):
         # One after the other: over several axes at once a TPU sums everything everywhere.

@@ -202,7 +202,7 @@ def _gather_backward(
             for name in _among(names, rows):
                 bar = jax.lax.psum_scatter(bar, name, scatter_dimension=axis, tiled=True)
         used = {name for names in split for name in names}
-        rest = tuple(name for name in rows if name not in used)
+        rest = tuple(n for n in rows if n not in used and jax.lax.axis_size(n) > 1)
         return jax.lax.psum(bar, rest) if rest else bar
 
     return (_on_shards(split, rows, reduce)(bar.astype(jnp.float32)).astype(like.dtype),)
