@@ -83,12 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         figures = options.work(options)
-    except InputError as error:
+    except (InputError, FloatingPointError, OSError, parallel.ProcessError) as error:
         print(f"{_name()}: error: {error}", file=sys.stderr)
-        return 2
-    except (FloatingPointError, OSError, parallel.ProcessError) as error:
-        print(f"{_name()}: error: {error}", file=sys.stderr)
-        return parallel.EXIT_AGAIN if isinstance(error, parallel.ProcessLost) else 1
+        status = 2 if isinstance(error, InputError) else 1
+        return parallel.EXIT_AGAIN if isinstance(error, parallel.ProcessLost) else status
     except parallel.Preempted as told:
         if parallel.is_main():
             print(f"distill-jax: {told}; the same command goes on from here", file=sys.stderr)
