@@ -16,6 +16,9 @@ from distill_jax.artifacts import InputError
 from distill_jax.parallel import startup
 from distill_jax.parallel.startup import call_roll
 
+# JAX splits names of hosts in a way that Python 3.13 warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:'maxsplit' is passed:DeprecationWarning")
+
 
 @pytest.fixture
 def address():
