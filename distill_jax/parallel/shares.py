@@ -51,24 +51,17 @@ class Shares:
             is_leaf=_is_split,
         )
 
-    def whole(self, *path: str) -> Callable[[Any], Any]:
-        """A function that makes the parameters at a path whole, in the dtype of the computation.
+    def whole(self, name: str) -> Callable[[Any], Any]:
+        """A function that makes the parameters of a name whole, in the dtype of the computation.
 
         Its derivative sums in float32 over all rows. The leading axes of stacked parameters may be
         gone, and must not be split.
         """
-        splits = self._splits
-        for name in path:
-            splits = splits[name]
 
-        def gather(tree: Any) -> Any:
-            return jax.tree.map(
-                lambda leaf, split: self._gather(leaf, split[len(split) - leaf.ndim :]),
-                tree,
-                splits,
-            )
+        def one(share: Array, split: Spec) -> Array:
+            return _gather(share, split[len(split) - share.ndim :], self._dtype, self.rows)
 
-        return gather
+        return lambda tree: jax.tree.map(one, tree, self._splits[name])
 
     def lookup(self, name: str) -> Callable[[Array, Array], Array]:
         """A function (table_VD, tokens) -> rows [..., D] of a table that is split along D.
@@ -90,9 +83,6 @@ class Shares:
             return rows.reshape(*tokens.shape, -1)
 
         return look_up
-
-    def _gather(self, share: Array, split: Spec) -> Array:
-        return _gather(share, split, self._dtype, self.rows)
 
     def split_of(self, name: str) -> Spec:
         """The mesh axes, those beside rows included, over which a parameter's axes are split."""

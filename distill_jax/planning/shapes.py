@@ -71,7 +71,7 @@ def placed_params(shape: models.LlamaConfig, mesh: Mesh) -> models.Params:
 
 
 def placed_layer(shape: models.LlamaConfig, mesh: Mesh) -> models.Params:
-    """One layer of `placed_params`, as `pruning.steps.take_layer` places it."""
+    """One layer of `placed_params`, as `pruning.steps.layer_at` places it."""
     layers = models.abstract_params(shape)["layers"]
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=s),

@@ -103,7 +103,7 @@ def repair_in_sequence(
             for row in rows:
                 row.before = row.after
             work.run_full(rows, index, range(index + 1, end))
-            layer = steps.take_layer(plan.target, student["layers"], place, mesh)
+            layer = steps.layer_at(plan.target, student["layers"], place, mesh)
             layers.append(work.layer(rows, layer, place))
             bar.advance()
     stacked = jax.jit(
@@ -171,7 +171,7 @@ class _Repair:
         self.pass_by(rows, dropped)
 
     def _full(self, index: int) -> Layer:
-        return steps.take_layer(self.plan.source, self.params["layers"], index, self.mesh)
+        return steps.layer_at(self.plan.source, self.params["layers"], index, self.mesh)
 
     def _run(self, layer: Layer, x_BTD: Array, segments_BT: Array) -> tuple[Array, Array]:
         return steps.full_layer(self.plan.source, layer, x_BTD, segments_BT, self.mesh)
@@ -219,7 +219,7 @@ class _Repair:
         index, mine = int(self.plan.layers[place]), layer[block]
         full_norm = self.params["layers"][block]["norm"][index]
         guess_ED = self._guess(rows, mine["norm"], full_norm, full)
-        start = steps.take_layer(self.plan.source, self.start["layers"], index, self.mesh)[block]
+        start = steps.layer_at(self.plan.source, self.start["layers"], index, self.mesh)[block]
         arguments = reader_arguments(self.plan, block, place, guess_ED, mine, start)
         norm, readers = steps.read(*arguments, self.mesh)
         return layer | {block: mine | {"norm": norm} | readers}

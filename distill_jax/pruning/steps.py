@@ -33,7 +33,7 @@ WRITERS = {"attention": "output", "mlp": "down"}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def take_layer(config: models.LlamaConfig, stacked: Any, index: int, mesh: Mesh | None) -> Layer:
+def layer_at(config: models.LlamaConfig, stacked: Any, index: int, mesh: Mesh | None) -> Layer:
     """One layer of a model's stacked ones."""
     layer = jax.tree.map(lambda leaf: leaf[index], stacked)
     if mesh is None:
@@ -42,7 +42,7 @@ def take_layer(config: models.LlamaConfig, stacked: Any, index: int, mesh: Mesh 
 
 
 def layer_shardings(config: models.LlamaConfig, mesh: Mesh) -> Layer:
-    """Where `take_layer` puts one."""
+    """Where `layer_at` puts one."""
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
         models.abstract_params(config)["layers"],

@@ -73,8 +73,8 @@ def write_stores(
     May be called again after an earlier call was killed, by as many processes or others: it goes
     on with the shards that are missing and ends with the same bytes. Several processes call it
     together, with the same arguments and directories that all of them see. Other processes write
-    the same bytes as long as XLA rounds logits alike, which needs as many rows on each device and
-    no sums of parameters' parts over devices (the axes "data", and "fsdp" where it gathers).
+    the same bytes as long as XLA rounds logits alike, which needs as many rows on each device; the
+    axis "tensor" splits sums of the teacher, and rounds otherwise than one device.
 
     Args:
       directories: where each scheme's store goes.

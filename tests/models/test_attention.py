@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import PartitionSpec
 
+from distill_jax import parallel
 from distill_jax.models import attention
 
 B, T, H, K, C = 2, 256, 4, 2, 16
@@ -73,6 +75,29 @@ def test_the_kernel_by_hand_and_its_gradient(interpreted, monkeypatch):
     found = slopes(*arrays())
     monkeypatch.setattr(attention, "_kernels", lambda: False)
     chex.assert_trees_all_close(found, slopes(*arrays()), atol=1e-4)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_heads_that_a_mesh_splits_or_cannot(interpreted, tensor):
+    """Two key/value heads: two shards have one each, and four all of them."""
+    mesh = parallel.make_mesh(
+        parallel.MeshConfig(data=2, fsdp=1, tensor=tensor), jax.devices()[: 2 * tensor]
+    )
+    rows = PartitionSpec("data")
+
+    def of_rows(query, key, value, ids):
+        return attention.segment_attention(ids)(query, key, value, None)[0]
+
+    run = jax.shard_map(
+        of_rows,
+        mesh=mesh,
+        in_specs=(rows,) * 4,
+        out_specs=rows,
+        axis_names={"data", "fsdp", "fsdp_minor"},
+        check_vma=False,
+    )
+    found = jax.jit(run)(*arrays(), jnp.asarray(segments()))
+    np.testing.assert_allclose(found, by_hand(*arrays(), segments()), atol=2e-6)
 
 
 def test_lengths_that_no_block_divides_are_left_to_xla(interpreted):
