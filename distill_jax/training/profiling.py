@@ -48,7 +48,10 @@ class Profiler:
         idle = self._active and not self._running and not self._done
         if idle and self._first <= step <= self._last:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(str(self._place))
+            options = jax.profiler.ProfileOptions()
+            # Calls of Python would slow the very steps that are measured, and fill the trace.
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self._place), profiler_options=options)
             self._running = True
 
     def annotated(self, step: int) -> jax.profiler.StepTraceAnnotation:
