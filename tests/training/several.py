@@ -16,10 +16,14 @@ from distill_jax import data, losses, models, parallel
 from distill_jax.parallel import stopping
 from distill_jax.training import TrainConfig, language_model_loss, train
 
+from .bigrams import bigram_loss
+
 CONFIG = models.LlamaConfig(
     vocab_size=32, embed=16, mlp=32, layers=2, heads=4, kv_heads=2, head_dim=4, tied=True
 )
-TRAIN = TrainConfig(steps=16, batch_rows=8, accumulation=1, checkpoint_every=100)
+TRAIN = TrainConfig(steps=16, batch_rows=8, checkpoint_every=100)
+FSDP = parallel.MeshConfig(fsdp=2, data=-1)
+TENSOR = parallel.MeshConfig(fsdp=1, tensor=4)
 
 
 def rows(count=28, time=9):
@@ -57,28 +61,41 @@ def told():
         time.sleep(0.05)
 
 
-def run(directory, *, devices=None, mesh=parallel.MeshConfig(fsdp=2, data=-1), disturbed=None):
+def random_model(mesh):
+    """A model of random parameters, each where it lives."""
+    shapes = models.abstract_params(CONFIG)
+    rng = np.random.default_rng(1)
+    values = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) / 4, shapes)
+    places = parallel.shardings(mesh, models.logical_axes(CONFIG), shapes)
+    params = jax.tree.map(
+        lambda value, place: jax.make_array_from_callback(value.shape, place, value.__getitem__),
+        values,
+        places,
+    )
+    return models.Model(CONFIG, params)
+
+
+def run(directory, *, devices=None, mesh=FSDP, disturbed=None):
     """Trains, or goes on, with some devices of all processes.
 
     Args:
-      directory: of the run.
+      directory: of the run; one called "model..." is of a language model, others of bigrams.
       devices: how many of all; None for every one.
       mesh: how they are arranged.
       disturbed: (number, deed) of a batch before which this process does something.
     """
     mesh = parallel.make_mesh(mesh, None if devices is None else jax.devices()[:devices])
-    sharding = parallel.shardings(mesh, models.logical_axes(CONFIG), models.abstract_params(CONFIG))
-    initialise = jax.jit(lambda key: models.init_params(CONFIG, key), out_shardings=sharding)
-    model = models.Model(CONFIG, initialise(jax.random.key(0)))
     share = parallel.row_share(parallel.batch_sharding(mesh))
     batches = data.batches(
         rows(), batch_rows=8, seed=5, process_index=share.index, process_count=share.count
     )
     if disturbed is not None:
         batches = Disturbed(batches, *disturbed)
-    loss_fn = language_model_loss(CONFIG, losses.hard_labels(), mesh=mesh)
+    loss_fn = bigram_loss
+    if directory.name.startswith("model"):
+        loss_fn = language_model_loss(CONFIG, losses.hard_labels(), mesh=mesh)
     with parallel.stoppable():
-        return train(model, loss_fn, batches, TRAIN, directory, mesh=mesh)
+        return train(random_model(mesh), loss_fn, batches, TRAIN, directory, mesh=mesh)
 
 
 def stopped(directory, **options):
@@ -103,7 +120,7 @@ def digest(model):
 def begin(root, second):
     """Undisturbed runs, and one that stops; the second process alone is told so."""
     whole = digest(run(root / "two"))
-    run(root / "tensor", mesh=parallel.MeshConfig(fsdp=1, tensor=4))
+    run(root / "model-two", mesh=TENSOR)
     step = stopped(root / "cycle", disturbed=(4, told) if second else None)
     return {"digest": whole, "stopped": step}
 

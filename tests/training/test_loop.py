@@ -19,6 +19,9 @@ from distill_jax.training import (
     read_sessions,
     train,
 )
+from distill_jax.training.profiling import Profiler
+
+from .bigrams import bigram_loss
 
 CONFIG = models.LlamaConfig(
     vocab_size=31, embed=16, mlp=32, layers=2, heads=4, kv_heads=2, head_dim=4, tied=True
@@ -81,25 +84,50 @@ class Told(Dying):
         return next(self._iterator)
 
 
-def run(directory, iterator=None, config=TRAIN, mesh=None, shape=CONFIG, profile=None):
+def run(directory, iterator=None, config=TRAIN, mesh=None, shape=CONFIG):
     model = models.Model(shape, models.init_params(shape, jax.random.key(0)))
     objective = losses.weighted_sum(hard=(1.0, losses.hard_labels()))
     loss_fn = language_model_loss(shape, objective, mesh=mesh)
-    iterator = iterator or batches()
-    return train(model, loss_fn, iterator, config, directory, mesh=mesh, profile=profile)
+    return train(model, loss_fn, iterator or batches(), config, directory, mesh=mesh)
 
 
-def test_resumes_with_the_same_bits(tmp_path):
-    whole = run(tmp_path / "whole")
-    for after in (1, 3, 4):
+@pytest.fixture(scope="module")
+def model():
+    return models.Model(CONFIG, models.init_params(CONFIG, jax.random.key(0)))
+
+
+def test_killed_or_told_to_stop_it_goes_on_with_the_same_bits(tmp_path, model):
+    """Before the first checkpoint, past one, between those that are due, and at one."""
+    place = tmp_path / "ended"
+    whole = train(model, bigram_loss, batches(), TRAIN, tmp_path / "whole")
+
+    def ended(iterator):
+        return train(model, bigram_loss, iterator, TRAIN, place)
+
+    def killed(after):
         with pytest.raises(Killed):
-            run(tmp_path / "killed", Dying(batches(), after))
-    resumed = run(tmp_path / "killed")
-    jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
+            ended(Dying(batches(), after))
+
+    def told(step):
+        stopped = pytest.raises(parallel.Preempted, match=f"train: stopped after step {step}")
+        with stopped, parallel.stoppable():
+            ended(Told(batches(), step))
+        assert len(read_metrics(place / "metrics.jsonl")) == step
+
+    killed(1)
+    told(3)
+    killed(2)
+    told(6)
+    # At the last step there is nothing left to stop.
+    with parallel.stoppable():
+        last = ended(Told(batches(), TRAIN.steps))
+    jax.tree.map(np.testing.assert_array_equal, whole.params, last.params)
     expected = read_metrics(tmp_path / "whole" / "metrics.jsonl")
-    assert read_metrics(tmp_path / "killed" / "metrics.jsonl") == expected
+    assert read_metrics(place / "metrics.jsonl") == expected
     assert [line["step"] for line in expected] == list(range(1, 8))
     assert expected[-1]["tokens"] == 7 * 8 * 9
+    sessions = [(one["first"], one["last"]) for one in read_sessions(epath.Path(place))]
+    assert sessions == [(0, 1), (0, 3), (3, 5), (4, 6), (6, 7)]
 
 
 @pytest.mark.slow
@@ -144,16 +172,13 @@ def test_the_head_is_split_over_a_mesh():
     assert "shard_map" not in traced(None)
 
 
-def test_the_given_model_is_left_as_it_was(tmp_path):
-    model = models.Model(CONFIG, models.init_params(CONFIG, jax.random.key(0)))
+def test_the_given_model_is_left_as_it_was(tmp_path, model):
     before = jax.tree.map(np.array, model.params)
-    loss_fn = language_model_loss(CONFIG, losses.hard_labels())
-    train(model, loss_fn, batches(), TRAIN, tmp_path)
+    train(model, bigram_loss, batches(), TRAIN, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, before, model.params)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    model = models.Model(CONFIG, models.init_params(CONFIG, jax.random.key(0)))
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, model):
     broken = lambda params, batch, step: losses.reduce(  # noqa: E731
         params["final_norm"] * np.nan, {}
     )
@@ -161,8 +186,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         train(model, broken, batches(), TRAIN, tmp_path)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path):
-    model = models.Model(CONFIG, models.init_params(CONFIG, jax.random.key(0)))
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path, model):
     steep = lambda params, batch, step: losses.reduce(  # noqa: E731
         jax.numpy.sqrt(0 * params["final_norm"]), {}
     )
@@ -185,8 +209,8 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused(tmp_path):
 
 # Of JAX's own types, when Python 3.13 first sees them; as an error it ends the process.
 @pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
-def test_given_steps_are_traced_whole_and_no_others(tmp_path, capsys):
-    run(tmp_path, profile=(3, 4))
+def test_given_steps_are_traced_whole_and_no_others(tmp_path, model, capsys):
+    train(model, bigram_loss, batches(), TRAIN, tmp_path, profile=(3, 4))
     (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
     # Planes, lines and events are views: they end the process where the data they see is gone.
     data = jax.profiler.ProfileData.from_file(str(trace))
@@ -199,8 +223,9 @@ def test_given_steps_are_traced_whole_and_no_others(tmp_path, capsys):
     ]
     assert steps == [3, 4]
     assert f"train: trace in {tmp_path / 'profile'}" in capsys.readouterr().err
-    run(tmp_path / "late", profile=(8, 9))
-    assert "no trace, none of the steps 8:9 was done" in capsys.readouterr().err
+    with Profiler((8, 9), epath.Path(tmp_path), "late") as profiler:
+        profiler.before(7, None)
+    assert "late: no trace, none of the steps 8:9 was done" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "steps"), [("10:13", (10, 13)), ("7", (7, 7))])
@@ -212,19 +237,3 @@ def test_steps_to_trace_are_read(text, steps):
 def test_other_steps_to_trace_are_refused(text):
     with pytest.raises(InputError, match=f"--profile {text}: write the first and the last step"):
         parse_steps(text)
-
-
-def test_told_to_stop_it_leaves_a_checkpoint_of_that_step(tmp_path):
-    """Between the checkpoints that are due, and at one that is."""
-    whole = run(tmp_path / "whole")
-    for step in (3, 4, 5):
-        told = Told(batches(), step)
-        with pytest.raises(parallel.Preempted, match=f"after step {step}"), parallel.stoppable():
-            run(tmp_path / "told", told)
-        assert len(read_metrics(tmp_path / "told" / "metrics.jsonl")) == step
-    # At the last step there is nothing left to stop.
-    with parallel.stoppable():
-        last = run(tmp_path / "told", Told(batches(), TRAIN.steps))
-    jax.tree.map(np.testing.assert_array_equal, whole.params, last.params)
-    found = read_sessions(epath.Path(tmp_path / "told"))
-    assert [(one["first"], one["last"]) for one in found] == [(0, 3), (3, 4), (4, 5), (5, 7)]
