@@ -22,7 +22,8 @@ Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 ATTENDED = "attended"
 """What attention gives, where a choice is made of what is kept for the backward pass."""
 
-_TILE = 128  # what lengths must be multiples of
+_TILE = 128  # what lengths must be multiples of for the kernel
+_MOST_TILES = 16  # each is compiled
 _BLOCK = 1024  # twice as much does not fit a v5e's vector memory
 
 
@@ -32,19 +33,29 @@ def segment_attention(segment_ids_BT: Array) -> Attend:
     On a TPU it is splash attention (JAX's kernel of FlashAttention, Dao et al. 2022, that skips
     blocks above the diagonal) where every device works on rows of its own, or is alone: the
     compiler cannot split kernels. Elsewhere, and for lengths that are no multiples of 128, it is
-    `jax.nn.dot_product_attention`.
+    `jax.nn.dot_product_attention` on tiles of queries.
     """
     time = segment_ids_BT.shape[1]
     if _kernels() and time % _TILE == 0:
         return functools.partial(_splash, segment_ids_BT)
-    same = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-    mask_B1TT = same & jnp.tri(time, dtype=bool)
+    return functools.partial(_in_tiles, segment_ids_BT)
 
-    def attend(query: Array, key: Array, value: Array, cache: Any) -> tuple[Array, Any]:
-        heads = jax.nn.dot_product_attention(query, key, value, mask=mask_B1TT)
-        return checkpoint_name(heads, ATTENDED), cache
 
-    return attend
+def _in_tiles(
+    segment_ids_BT: Array, query: Array, key: Array, value: Array, cache: Any
+) -> tuple[Array, Any]:
+    """XLA's attention, some queries at a time with no key behind the last of them."""
+    time = segment_ids_BT.shape[1]
+    size = _TILE * math.ceil(time / (_TILE * _MOST_TILES))
+    tiles = []
+    for first in range(0, time, size):
+        last = min(first + size, time)
+        same = segment_ids_BT[:, None, first:last, None] == segment_ids_BT[:, None, None, :last]
+        mask_B1tT = same & jnp.tri(last - first, last, first, dtype=bool)
+        seen = key[:, :last], value[:, :last]
+        tiles.append(jax.nn.dot_product_attention(query[:, first:last], *seen, mask=mask_B1tT))
+    heads = jnp.concatenate(tiles, axis=1) if len(tiles) > 1 else tiles[0]
+    return checkpoint_name(heads, ATTENDED), cache
 
 
 def _kernels() -> bool:
