@@ -1,4 +1,4 @@
-"""The stage that stores targets, run by several processes, and for a corpus that grew."""
+"""Stages that several processes run together, and targets of a corpus that grew."""
 
 import json
 import pathlib
@@ -8,9 +8,11 @@ import signal
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from distill_jax import cli, parallel
+from distill_jax import cli, models, parallel, pruning
 
 pytestmark = pytest.mark.slow
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
@@ -90,6 +92,36 @@ def test_two_processes_stop_as_one_is_told_and_then_store_what_one_stores(alone,
     assert stores(two) == stores(alone)
     assert figures(two) == figures(alone)
     assert not list(two.rglob("started.json"))
+
+
+def test_two_processes_prune_as_one_does(alone, config, tmp_path):
+    """Rows, parameters, statistics and fits lie across both."""
+    sets = "mesh.data=1", "mesh.fsdp=-1", "prune.layer_choice=perplexity"
+    for name in ("one", "two"):
+        shutil.copytree(alone, tmp_path / name, ignore=shutil.ignore_patterns("targets"))
+    one, two = tmp_path / "one" / "prune", tmp_path / "two" / "prune"
+    assert cli.main(command("prune", config, one.parent, *sets)) == 0
+    arguments = command("prune", config, two.parent, *sets)
+    program = [sys.executable, "-m", "distill_jax.cli", *arguments]
+    with parallel.start_local(program, 2, devices=2) as running:
+        first, second = running.wait(240)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    plans = [pruning.Plan.load(place / "plan.json").to_json() for place in (one, two)]
+    assert plans[0]["kept"] == plans[1]["kept"]
+    for measure in (score_arrays, model_arrays):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4),
+            *map(measure, (one, two)),
+        )
+
+
+def score_arrays(place):
+    scores = pruning.Scores.load(place / "scores.safetensors")
+    return {name: x for name, x in vars(scores).items() if isinstance(x, np.ndarray)}
+
+
+def model_arrays(place):
+    return models.load(place).params
 
 
 def test_a_corpus_that_grew_reuses_the_targets_of_what_it_was(alone, config, tmp_path, capsys):

@@ -67,10 +67,11 @@ def _take(array: jax.Array) -> np.ndarray:
 
 
 def to_host(tree: Any) -> Any:
-    """A tree of global arrays as NumPy, whole, on every process; all call it together."""
+    """A tree of arrays, global ones among them, as NumPy; all processes call it together."""
 
-    def fetch(array: jax.Array) -> np.ndarray:
-        if array.is_fully_addressable or array.is_fully_replicated:
+    def fetch(array: Any) -> np.ndarray:
+        here = not isinstance(array, jax.Array) or array.is_fully_addressable
+        if here or array.is_fully_replicated:
             return np.asarray(array)
         return multihost_utils.process_allgather(array, tiled=True)
 

@@ -28,7 +28,13 @@ Batch = Mapping[str, Any]
 def tokens_and_segments(
     batch: Batch, sharding: jax.sharding.Sharding | None
 ) -> tuple[Array, Array]:
-    """A batch's token ids and segment ids (ones where it has none), placed on devices.
+    """A batch's token ids and segment ids, `padded` and placed on devices."""
+    tokens, segments = padded(batch, sharding)
+    return jax.device_put(tokens, sharding), jax.device_put(segments, sharding)
+
+
+def padded(batch: Batch, sharding: jax.sharding.Sharding | None) -> tuple[np.ndarray, np.ndarray]:
+    """A batch's token ids and segment ids (ones where it has none).
 
     Rows of padding fill it up where the sharding would not divide it.
     """
@@ -38,7 +44,7 @@ def tokens_and_segments(
         axes = parallel.names_of(sharding.spec[0])
         missing = -len(tokens) % math.prod(sharding.mesh.shape[axis] for axis in axes)
         tokens, segments = (np.pad(x, ((0, missing), (0, 0))) for x in (tokens, segments))
-    return jax.device_put(tokens, sharding), jax.device_put(segments, sharding)
+    return tokens, segments
 
 
 @jax.tree_util.register_dataclass
@@ -140,7 +146,7 @@ class Powers:
         """
         if not self.tokens > 0:
             raise InputError("the calibration batches hold no tokens")
-        damaged = np.argwhere(np.asarray(self.damaged))
+        damaged = np.argwhere(parallel.to_host(self.damaged))
         if len(damaged):
             layer, which = damaged[0]
             raise InputError(

@@ -15,7 +15,7 @@ from jax import Array
 
 from distill_jax import data, losses, models
 from distill_jax.artifacts import InputError
-from distill_jax.pruning.activations import Batch, tokens_and_segments
+from distill_jax.pruning.activations import Batch, padded
 
 
 class Rows:
@@ -71,10 +71,10 @@ def labelled(batch: Batch, sharding: jax.sharding.Sharding | None) -> dict[str, 
 
     Each is [B, T].
     """
-    tokens, segments = tokens_and_segments(batch, sharding)
-    labels, where = data.next_token_labels(np.asarray(tokens), np.asarray(segments))
-    placed = jax.device_put({"labels": labels, "where": where}, sharding)
-    return {"tokens": tokens, "segment_ids": segments, **placed}
+    tokens, segments = padded(batch, sharding)
+    labels, where = data.next_token_labels(tokens, segments)
+    found = {"tokens": tokens, "segment_ids": segments, "labels": labels, "where": where}
+    return jax.device_put(found, sharding)
 
 
 def head_loss(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from distill_jax import models
+from distill_jax import models, parallel
 from distill_jax.artifacts import check_choices, fingerprint
 from distill_jax.pruning.activations import Aggregation, Batch, activation_scores
 from distill_jax.pruning.calibration import Rows
@@ -95,7 +95,7 @@ def importance(
         "magnitude": lambda: magnitude_scores(model),
         "random": lambda: random_scores(model.config, config.seed),
     }
-    found = measures[config.method]()
+    found = parallel.to_host(measures[config.method]())
     arrays: dict[str, Any] = {name: np.asarray(value, np.float32) for name, value in found.items()}
     return Scores(
         **arrays,

@@ -145,7 +145,7 @@ def prune(
         layer_choice=config.layer_choice,
         kv_choice=config.kv_choice,
     )
-    plan.save(place / PLAN_FILE)
+    parallel.on_main(lambda: plan.save(place / PLAN_FILE), what=PLAN_FILE)
     start = merge_kv_heads(plan, model.params)
     if config.head_choice == "merge":
         start = merge_query_heads(plan, scores, start)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from distill_jax import models
+from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.pruning.activations import Batch
 from distill_jax.pruning.calibration import removal_losses, rows_fingerprint
@@ -62,11 +62,15 @@ def find_or_measure(
         if found is not None:
             new = dataclasses.replace(new, removal=found.removal, removal_rows=found.removal_rows)
         found = new
-        found.save(place)
+        _save(found, place)
     if removal_rows:
         measured_on = rows_fingerprint(removal_rows, size)
         if found.removal is None or found.removal_rows != measured_on:
             removal = removal_losses(model, removal_rows, batch_sharding=batch_sharding)
             found = dataclasses.replace(found, removal=removal, removal_rows=measured_on)
-            found.save(place)
+            _save(found, place)
     return found
+
+
+def _save(scores: Scores, place: str) -> None:
+    parallel.on_main(lambda: scores.save(place), what=place)
