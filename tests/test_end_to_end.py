@@ -149,9 +149,12 @@ def test_a_round_on_the_way_is_cut_trained_and_cut_again(whole, tmp_path):
         "def get_config():\n"
         f"    recipe = load_recipe({str(CONFIG)!r}, ['size=test', 'distill.train.steps=4'])\n"
         "    target = dataclasses.replace(recipe.prune.target, layers=4, embed=112, mlp=320)\n"
-        "    prune = dataclasses.replace(recipe.prune, target=target)\n"
-        "    rounds = (Round(prune=prune, distill=recipe.distill),)\n"
-        "    return dataclasses.replace(recipe, rounds=rounds, controls=(), posttraining=None)\n"
+        "    last = dataclasses.replace(recipe.prune, repair=False)\n"
+        "    first = dataclasses.replace(last, target=target)\n"
+        "    rounds = (Round(prune=first, distill=recipe.distill),)\n"
+        "    return dataclasses.replace(\n"
+        "        recipe, rounds=rounds, prune=last, controls=(), posttraining=None\n"
+        "    )\n"
     )
     for stage in ("rounds", "prune", "distill"):
         assert cli.main([stage, str(config), "--out", str(tmp_path / "run")]) == 0

@@ -186,6 +186,7 @@ def same(planned, given):
     return planned == given
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_repair_that_are_planned_are_those_that_run(recipe, monkeypatch):
     """With eight devices, which must repair as one does."""
     names = ("full_layer", "heads", "neurons", "writer_sums", "reader_sums", "read")

@@ -74,7 +74,8 @@ def test_heads_are_merged_before_the_cut(tmp_path, batches, options):
     assert not np.allclose(query, apply_plan(plan, model.params)["layers"]["attention"]["query"])
 
 
-@pytest.mark.parametrize("order", [pytest.param("at_once", marks=pytest.mark.slow), "in_sequence"])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["at_once", "in_sequence"])
 def test_prune_on_eight_devices(tmp_path, batches, order):
     # The last batch's rows do not divide over the mesh.
     config = PruneConfig(target=TARGET, calibration_rows=14, repair_order=order, ridge=0.1)
