@@ -74,7 +74,10 @@ def test_a_mesh_that_does_not_divide_is_refused(capsys):
 
 def test_a_mesh_that_splits_an_axis_of_the_slice_is_refused():
     devices = Topology.parse("v6e:16x16").devices()
-    with pytest.raises(InputError, match="data 16, fsdp 8, tensor 2 does not lie along the axes"):
+    with pytest.raises(
+        InputError,
+        match="data 16, fsdp 8 with 1 along a second axis, tensor 2 does not lie along the axes",
+    ):
         parallel.make_mesh(parallel.MeshConfig(data=16, tensor=2), devices)
 
 
