@@ -35,9 +35,9 @@ class CorpusConfig:
     """Which texts, and how they become rows.
 
     Attributes:
-      source: a `.jsonl` file, a `.txt` file or a folder of `.txt` files; split into train and
-        held_out.
-      field: the field of a JSON line that holds the text, in both sources.
+      source: what `read_texts` takes: a `.txt` file or a folder of them, JSON lines, parquet or a
+        TFDS dataset; split into train and held_out.
+      field: the field of a record that holds the text, in both sources.
       out_of_domain: a second source, for evaluation only; None leaves that split out.
       sequence_length: tokens in a row.
       held_out_fraction: the share of passages that train never sees.

@@ -104,6 +104,8 @@ def _sft(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
 
 def _dpo(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
     recipe_config = _posttraining(recipe)
+    if recipe_config.dpo_train is None:
+        raise InputError("posttraining.dpo_train: the recipe has none")
     train = _chosen(recipe_config.dpo_train, choice, mesh, "posttraining.dpo_train")
     config = dataclasses.replace(recipe_config, dpo_train=train)
     shape, notes = student_shape(recipe)

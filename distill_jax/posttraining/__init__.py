@@ -14,6 +14,7 @@ from distill_jax.posttraining.chat import (
     render,
 )
 from distill_jax.posttraining.config import PostTrainingConfig
+from distill_jax.posttraining.conversations import read_conversations, to_conversation
 from distill_jax.posttraining.dpo import (
     DpoConfig,
     Pair,
@@ -33,7 +34,7 @@ from distill_jax.posttraining.rejection import (
     write_samples,
 )
 from distill_jax.posttraining.rows import Record, pack, with_replay
-from distill_jax.posttraining.sft import SftConfig, sft_loss, sft_rows
+from distill_jax.posttraining.sft import SftConfig, read_examples, sft_loss, sft_rows
 from distill_jax.posttraining.tasks import (
     TASKS,
     Problem,
@@ -74,6 +75,8 @@ __all__ = [
     "load_task",
     "pack",
     "pair_rows",
+    "read_conversations",
+    "read_examples",
     "read_samples",
     "render",
     "sample",
@@ -81,6 +84,7 @@ __all__ = [
     "sequence_log_probs",
     "sft_loss",
     "sft_rows",
+    "to_conversation",
     "to_messages",
     "with_reference",
     "with_replay",

@@ -163,6 +163,7 @@ def _check(messages: Sequence[Message]) -> None:
             raise InputError(f"message {index}: the assistant's content is empty")
 
 
+@functools.lru_cache(maxsize=1 << 18)  # asked of every token of every text
 def _is_special(tokenizer: Tokenizer, token: int) -> bool:
     """Whether the token arises only where special tokens are parsed."""
     spelling = tokenizer.decode([token])

@@ -15,7 +15,8 @@ class PostTrainingConfig:
     """From the distilled model to one that answers: SFT, rejection sampling, DPO.
 
     Attributes:
-      task: the verifiable task, a key of `posttraining.TASKS`.
+      task: the verifiable task, a key of `posttraining.TASKS`, whose held-out problems every model
+        is measured with; None: there is none, and all data come from files.
       problems: at most so many training problems are used; None for all.
       sft: rows and loss of supervised fine-tuning.
       sft_train: how it goes.
@@ -24,24 +25,34 @@ class PostTrainingConfig:
         token of the text is learnt, and only answers of the others: of the loss it is far more.
         Rows of both must be of one length.
       rejection: how answers are drawn and chosen.
-      rejection_train: fine-tuning on the chosen answers.
+      rejection_train: fine-tuning on the chosen answers; None leaves rejection sampling out.
       dpo: pairs and loss of preference optimisation.
-      dpo_train: how it goes.
+      dpo_train: how it goes; None leaves preference optimisation out.
     """
 
-    task: str
+    task: str | None = None
     problems: int | None = None
     sft: SftConfig = SftConfig()
     sft_train: TrainConfig
     replay: float = 0.0
     rejection: RejectionConfig = RejectionConfig()
-    rejection_train: TrainConfig
+    rejection_train: TrainConfig | None = None
     dpo: DpoConfig = DpoConfig()
-    dpo_train: TrainConfig
+    dpo_train: TrainConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
+        if self.task is not None and self.task not in TASKS:
             raise InputError(f"posttraining.task: {self.task!r} is none of {', '.join(TASKS)}")
+        if not self.sft.data:
+            raise InputError("posttraining.sft.data: no source")
+        for field, needed in (
+            ("sft.data", self.sft.uses_task),
+            ("rejection_train", self.rejection_train is not None),
+        ):
+            if needed and self.task is None:
+                raise InputError(f"posttraining.{field}: needs the problems of posttraining.task")
+        if self.dpo_train is not None and self.rejection_train is None:
+            raise InputError("posttraining.dpo_train: needs the samples of rejection_train")
         if self.sft.template != self.rejection.template:
             raise InputError("posttraining: sft.template and rejection.template differ")
         if not 0 <= self.replay < 1:

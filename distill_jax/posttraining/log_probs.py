@@ -1,5 +1,6 @@
 """Log-probabilities of whole sequences, without the logits of all their tokens at once."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ def label_log_probs(
 def sequence_log_probs(
     config: LlamaConfig,
     params: Any,
-    row: dict[str, Array],
+    row: Mapping[str, Array],
     *,
     chunk: int = 1024,
     remat: Remat = "none",

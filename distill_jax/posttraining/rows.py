@@ -1,8 +1,7 @@
 """Packs examples into rows of one length, as `data.batches` takes them."""
 
-import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,15 +13,7 @@ Record = dict[str, np.ndarray]
 """One row: arrays by name, as `pack` makes them."""
 
 
-@dataclasses.dataclass
-class _Row:
-    """Examples that share a row."""
-
-    examples: list[Example]
-    free: int
-
-
-def pack(examples: Iterable[Example], sequence_length: int, *, pad_id: int = 0) -> list[Record]:
+def pack(examples: Sequence[Example], sequence_length: int, *, pad_id: int = 0) -> list[Record]:
     """Rows of exactly `sequence_length` tokens, each example whole in one of them.
 
     An example goes into the first row that has room, in the order given, so that the same
@@ -41,19 +32,33 @@ def pack(examples: Iterable[Example], sequence_length: int, *, pad_id: int = 0) 
     Raises:
       InputError: an example is longer than a row, or has nothing to learn.
     """
-    rows: list[_Row] = []
+    rows: list[list[Example]] = []
+    free = np.full(len(examples), sequence_length)  # of rows not begun, too
     for index, example in enumerate(examples):
+        try:
+            check_example(example, sequence_length)
+        except InputError as error:
+            raise InputError(f"example {index}: {error}") from error
         length = len(example.tokens)
-        if length > sequence_length:
-            raise InputError(f"example {index}: {length} tokens do not fit in {sequence_length}")
-        if not any(example.where[1:]):
-            raise InputError(f"example {index}: no token to learn")
-        row = next((row for row in rows if row.free >= length), None)
-        if row is None:
-            rows.append(row := _Row([], sequence_length))
-        row.examples.append(example)
-        row.free -= length
-    return [to_record(row.examples, sequence_length, pad_id=pad_id) for row in rows]
+        row = int(np.argmax(free[: len(rows) + 1] >= length))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(example)
+        free[row] -= length
+    return [to_record(row, sequence_length, pad_id=pad_id) for row in rows]
+
+
+def check_example(example: Example, sequence_length: int) -> None:
+    """Checks that an example can be learnt in a row.
+
+    Raises:
+      InputError: it is longer, or has nothing to learn.
+    """
+    length = len(example.tokens)
+    if length > sequence_length:
+        raise InputError(f"{length} tokens do not fit in {sequence_length}")
+    if not any(example.where[1:]):
+        raise InputError("no token to learn")
 
 
 def with_replay(rows: Sequence[Record], corpus: RowSource, share: float) -> list[Record]:

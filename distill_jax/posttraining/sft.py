@@ -1,39 +1,88 @@
 """Supervised fine-tuning: next-token cross-entropy on what the assistant said."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from jax.sharding import Mesh
 
 from distill_jax import losses
-from distill_jax.artifacts import InputError
-from distill_jax.data import Tokenizer
+from distill_jax.artifacts import InputError, check_choices
+from distill_jax.data import BadRows, Rejects, Tokenizer
 from distill_jax.models import LlamaConfig
 from distill_jax.models.llama import Remat
 from distill_jax.posttraining.chat import Example, Message, encode_chat
-from distill_jax.posttraining.rows import Record, pack
+from distill_jax.posttraining.conversations import Form, read_conversations, sources
+from distill_jax.posttraining.rows import Record, check_example, pack
 from distill_jax.training import LossFn, language_model_loss
+
+DEMONSTRATIONS = "task"
+"""Stands for the right answers of the recipe's task among `SftConfig.data`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    """How conversations become rows and what is minimised on them.
+    """Which conversations, how they become rows, and what is minimised on them.
 
     Attributes:
+      data: where conversations come from, one source or several: a file, a folder or a TFDS
+        dataset as `data.read_records` takes it, `gs://` too; "task" is the right answers of the
+        recipe's task.
+      form: how records hold a conversation, as `posttraining.to_conversation` reads it; "auto" is
+        found out from the fields of each.
+      split: of sources that are TFDS datasets.
+      bad_rows: whether a record that cannot be used (not JSON, a field missing, an unknown role,
+        an empty answer, longer than a row) is refused, or skipped and counted.
       sequence_length: tokens in a row; several conversations share one.
       template: a chat template in place of the tokenizer's own.
       z_loss: weight of the squared log-partition, which keeps logits from drifting; 0 is none.
     """
 
+    data: str | tuple[str, ...] = DEMONSTRATIONS
+    form: Form = "auto"
+    split: str = "train"
+    bad_rows: BadRows = "refuse"
     sequence_length: int = 512
     template: str | None = None
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
+        check_choices(self, {"form": Form, "bad_rows": BadRows})
         if self.sequence_length < 2:
             raise InputError(f"SftConfig.sequence_length is {self.sequence_length}; at least 2")
         if self.z_loss < 0:
             raise InputError(f"SftConfig.z_loss is {self.z_loss}; it must not be negative")
+
+    @property
+    def uses_task(self) -> bool:
+        """Whether the right answers of the task are among the data."""
+        return DEMONSTRATIONS in sources(self.data)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The other sources."""
+        return tuple(source for source in sources(self.data) if source != DEMONSTRATIONS)
+
+    def conversations(self, rejects: Rejects) -> Iterator[tuple[str, list[Message]]]:
+        """Those of the files; see `read_conversations`."""
+        return read_conversations(self.files, form=self.form, split=self.split, rejects=rejects)
+
+
+def read_examples(tokenizer: Tokenizer, config: SftConfig, rejects: Rejects) -> Iterator[Example]:
+    """The conversations of the config's files, in tokens; each fits in a row.
+
+    Args:
+      tokenizer: the model's.
+      config: names the files.
+      rejects: decides about records that cannot be used.
+
+    Raises:
+      InputError: no file is there, or a record is refused, with its file and line.
+    """
+    for place, messages in config.conversations(rejects):
+        with rejects.at(place):
+            example = encode_chat(tokenizer, messages, config.template)
+            check_example(example, config.sequence_length)
+            yield example
 
 
 def sft_rows(
@@ -45,7 +94,8 @@ def sft_rows(
 
     Args:
       tokenizer: the model's.
-      conversations: messages, or examples that are tokens already (`chosen_examples`).
+      conversations: messages, or examples that are tokens already (`read_examples`,
+        `chosen_examples`).
       config: row length and template.
 
     Raises:

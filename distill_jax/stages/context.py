@@ -175,8 +175,17 @@ def model_stages(recipe: Recipe) -> list[str]:
         PRUNE,
         *(control(kind, seed) for kind in recipe.controls for seed in recipe.seeds),
         *map(student, recipe.seeds),
-        *((SFT, REJECTION, DPO) if recipe.posttraining else ()),
+        *posttraining_stages(recipe),
     ]
+
+
+def posttraining_stages(recipe: Recipe) -> list[str]:
+    """The stages of post-training that the recipe has; each starts from the model before it."""
+    config = recipe.posttraining
+    if config is None:
+        return []
+    trained = {SFT: config.sft_train, REJECTION: config.rejection_train, DPO: config.dpo_train}
+    return [stage for stage, train in trained.items() if train is not None]
 
 
 def _figures(metrics: list[dict[str, float]]) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """sft, rejection-sample and dpo: from a model of text to one that answers."""
 
+import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 from jax.sharding import Mesh
 
-from distill_jax import models, parallel, posttraining, training
-from distill_jax.artifacts import InputError
+from distill_jax import data, models, parallel, posttraining, training
+from distill_jax.artifacts import InputError, fingerprint_path, write_bytes
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import PostTrainingConfig, to_json
 from distill_jax.stages import context
@@ -15,31 +17,37 @@ from distill_jax.stages.context import CORPUS, DPO, REJECTION, SFT, Run
 
 
 def stages(run: Run) -> list[Stage]:
-    """The three stages, each of which starts from the one before; none without a recipe for it."""
+    """The stages that the recipe has, each of which starts from the one before."""
     config = run.recipe.posttraining
     if config is None:
         return []
-    start = context.student(run.recipe.seeds[0])
     described = to_json(config)
     task = {name: described[name] for name in ("task", "problems")}
-
-    def stage(name: str, parts: tuple[str, ...], inputs: tuple[str, ...], work: Any) -> Stage:
-        return Stage(
-            name=name,
-            command=name,
-            recipe=task | {part: described[part] for part in parts},
-            inputs=(CORPUS, *inputs),
-            work=lambda place: work(run, config, place),
+    parts: dict[str, tuple[str, ...]] = {
+        SFT: ("sft", "sft_train", "replay"),
+        REJECTION: ("sft", "replay", "rejection", "rejection_train"),
+        DPO: ("rejection", "dpo", "dpo_train"),
+    }
+    files = {SFT: config.sft.files}
+    works = {SFT: _sft, REJECTION: _rejection, DPO: _dpo}
+    made, start = [], context.student(run.recipe.seeds[0])
+    for name in context.posttraining_stages(run.recipe):
+        made.append(
+            Stage(
+                name=name,
+                command=name,
+                recipe=task | {part: described[part] for part in parts[name]},
+                inputs=(CORPUS, start),
+                external={file: fingerprint_path(file) for file in files.get(name, ())},
+                work=functools.partial(works[name], run, config, start),
+            )
         )
-
-    return [
-        stage(SFT, ("sft", "sft_train", "replay"), (start,), _sft),
-        stage(REJECTION, ("sft", "replay", "rejection", "rejection_train"), (SFT,), _rejection),
-        stage(DPO, ("rejection", "dpo", "dpo_train"), (REJECTION,), _dpo),
-    ]
+        start = name
+    return made
 
 
 def _problems(config: PostTrainingConfig) -> tuple[posttraining.Task, list[posttraining.Problem]]:
+    assert config.task is not None  # where it is needed; PostTrainingConfig checks that
     task = posttraining.load_task(config.task)
     return task, list(task.train[: config.problems])
 
@@ -49,6 +57,8 @@ def _fine_tuning_rows(
 ) -> list[posttraining.Record]:
     """Rows of the conversations, and as many of the corpus as `replay` asks for."""
     rows = posttraining.sft_rows(run.tokenizer, conversations, config.sft)
+    if not config.replay:
+        return rows
     return posttraining.with_replay(rows, run.corpus("train"), config.replay)
 
 
@@ -68,16 +78,38 @@ def _train(
     return {"rows": len(rows), **figures}
 
 
-def _sft(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, Any]:
-    model = run.load(context.student(run.recipe.seeds[0]))
-    _, problems = _problems(config)
-    rows = _fine_tuning_rows(run, config, posttraining.demonstrations(problems))
+def _used(place: epath.Path, rejects: data.Rejects, used: int) -> dict[str, int]:
+    """Figures of records from files; those that were skipped are told, and listed in skipped.txt.
+
+    Raises:
+      InputError: none is left.
+    """
+    if skipped := rejects.messages:
+        first = f"{len(skipped)} records were skipped; the first: {skipped[0]}"
+        if not used:
+            raise InputError(f"{place.name}: no record can be used; {first}")
+        if parallel.is_main():
+            print(f"{place.name}: {first}", file=sys.stderr)
+            write_bytes(place / "skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
+    return {"used": used, "skipped": len(skipped)}
+
+
+def _sft(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) -> dict[str, Any]:
+    model = run.load(start)
+    rejects = data.Rejects(config.sft.bad_rows)
+    conversations: list[Any] = list(posttraining.read_examples(run.tokenizer, config.sft, rejects))
+    figures = _used(place, rejects, len(conversations)) if config.sft.files else {}
+    if config.sft.uses_task:
+        conversations += posttraining.demonstrations(_problems(config)[1])
+    rows = _fine_tuning_rows(run, config, conversations)
     loss_fn = sft_loss(config, model.config, run.mesh)
-    return _train(run, place, model, loss_fn, rows, config.sft_train)
+    return figures | _train(run, place, model, loss_fn, rows, config.sft_train)
 
 
-def _rejection(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, Any]:
-    model = run.load(SFT)
+def _rejection(
+    run: Run, config: PostTrainingConfig, start: str, place: epath.Path
+) -> dict[str, Any]:
+    model = run.load(start)
     task, problems = _problems(config)
     figures = posttraining.write_samples(
         place / "samples", model, run.tokenizer, task, problems, config.rejection
@@ -90,12 +122,13 @@ def _rejection(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[
             "before, draw more samples, or lower posttraining.rejection.threshold"
         )
     rows = _fine_tuning_rows(run, config, examples)
-    loss_fn = _sft_loss(config, model.config, run.mesh, config.rejection_train)
-    return {**figures, **_train(run, place, model, loss_fn, rows, config.rejection_train)}
+    train = _given(config.rejection_train)
+    loss_fn = _sft_loss(config, model.config, run.mesh, train)
+    return {**figures, **_train(run, place, model, loss_fn, rows, train)}
 
 
-def _dpo(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, Any]:
-    model = run.load(REJECTION)
+def _dpo(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) -> dict[str, Any]:
+    model = run.load(start)
     records = posttraining.read_samples(run.directory / REJECTION / "samples")
     pairs = posttraining.sampled_pairs(run.tokenizer, records, config.rejection.template)
     if not pairs:
@@ -106,7 +139,12 @@ def _dpo(run: Run, config: PostTrainingConfig, place: epath.Path) -> dict[str, A
     rows = posttraining.pair_rows(pairs, config.dpo, pad_id=run.tokenizer.pad_id)
     rows = posttraining.with_reference(model, rows, config.dpo)
     loss_fn = dpo_loss(config, model.config, run.mesh)
-    return _train(run, place, model, loss_fn, rows, config.dpo_train)
+    return _train(run, place, model, loss_fn, rows, _given(config.dpo_train))
+
+
+def _given(train: training.TrainConfig | None) -> training.TrainConfig:
+    assert train is not None  # without it there is no such stage
+    return train
 
 
 def sft_loss(config: PostTrainingConfig, shape: models.LlamaConfig, mesh: Mesh) -> training.LossFn:
@@ -127,7 +165,7 @@ def _sft_loss(
 
 def dpo_loss(config: PostTrainingConfig, shape: models.LlamaConfig, mesh: Mesh) -> training.LossFn:
     """The loss of the stage dpo, for a model of this shape on a mesh."""
-    train = config.dpo_train
+    train = _given(config.dpo_train)
     return posttraining.dpo_loss(
         shape, config.dpo, remat=train.remat, compute_dtype=train.compute_dtype, mesh=mesh
     )

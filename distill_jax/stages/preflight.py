@@ -1,6 +1,8 @@
 """What can be known to be wrong before any work begins."""
 
+import collections
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 
 from distill_jax import data, models, parallel, posttraining, pruning, teachers
 from distill_jax.artifacts import InputError, resolve
-from distill_jax.recipe import Recipe
+from distill_jax.recipe import PostTrainingConfig, Recipe
 
 
 def check(recipe: Recipe) -> None:
@@ -55,9 +57,39 @@ def check(recipe: Recipe) -> None:
     if not all(recipe.prompts):
         raise InputError("prompts: one is empty; there is nothing to continue")
     if recipe.posttraining is not None:
-        posttraining.load_task(recipe.posttraining.task)
-        if tokenizer is not None:
-            posttraining.end_of_turn(tokenizer, recipe.posttraining.rejection.template)
+        _check_posttraining(recipe.posttraining, tokenizer, small.context)
+
+
+def _check_posttraining(
+    config: PostTrainingConfig, tokenizer: data.Tokenizer | None, context: int
+) -> None:
+    """Its task, rows, template and files; without a tokenizer no more than can be known of them."""
+    if config.task is not None:
+        posttraining.load_task(config.task)
+    for field, length in (("sft", config.sft.sequence_length), ("dpo", config.dpo.sequence_length)):
+        if length > context:
+            raise InputError(
+                f"posttraining.{field}.sequence_length: {length} is more than the student's "
+                f"context of {context} tokens"
+            )
+    if tokenizer is not None:
+        posttraining.end_of_turn(tokenizer, config.rejection.template)
+    rejects, sft = data.Rejects(config.sft.bad_rows), config.sft
+    read: Iterator[Any] = sft.conversations(rejects)
+    if tokenizer is not None:
+        read = posttraining.read_examples(tokenizer, sft, rejects)
+    _check_records("sft.data", sft.files, read, rejects)
+
+
+def _check_records(
+    field: str, files: Sequence[str], read: Iterator[Any], rejects: data.Rejects
+) -> None:
+    """Reads every record if bad ones are refused, else until one can be used."""
+    if files and next(read, None) is None:
+        first = f"; the first: {rejects.messages[0]}" if rejects.messages else ""
+        raise InputError(f"posttraining.{field}: no record can be used{first}")
+    if rejects.refuses:
+        collections.deque(read, maxlen=0)
 
 
 def _check_objective(recipe: Recipe, field: str, vocab_size: int) -> None:
@@ -97,9 +129,10 @@ def _check_rows(recipe: Recipe) -> None:
                 f"{name}.batch_rows: a batch has {run.batch_rows} rows, "
                 f"corpus.train_rows is {available}"
             )
-    if recipe.posttraining is not None:
-        for name in ("sft_train", "rejection_train", "dpo_train"):
-            runs[f"posttraining.{name}"] = getattr(recipe.posttraining, name)
+    for name in ("sft_train", "rejection_train", "dpo_train"):
+        trained = getattr(recipe.posttraining, name, None)
+        if trained is not None:
+            runs[f"posttraining.{name}"] = trained
     rows = {f"{name}.batch_rows": run.batch_rows // run.accumulation for name, run in runs.items()}
     rows["targets.write.batch_rows"] = recipe.targets.write.batch_rows
     rows["evaluation.batch_rows"] = recipe.evaluation.batch_rows

@@ -124,11 +124,9 @@ def _rows(recipe: Recipe, figures: Mapping[str, Any]) -> list[evaluation.Row]:
         rows.append(evaluation.Row(name=name, kind="control", runs=runs, note=note))
     runs = [one(context.student(seed)) for seed in recipe.seeds]
     rows.append(evaluation.Row(name=_STUDENT, kind="distilled", runs=runs))
-    if recipe.posttraining is not None:
-        for stage, (name, note) in _POSTTRAINING.items():
-            rows.append(
-                evaluation.Row(name=name, kind="post-trained", runs=[one(stage)], note=note)
-            )
+    for stage in context.posttraining_stages(recipe):
+        name, note = _POSTTRAINING[stage]
+        rows.append(evaluation.Row(name=name, kind="post-trained", runs=[one(stage)], note=note))
     return rows
 
 
@@ -241,7 +239,8 @@ def _finished(run: Run) -> list[evaluation.FinishedStage]:
 def _summary(figures: Mapping[str, Any]) -> str:
     """What came of a stage, in a few words."""
     if "loss" in figures:
-        return f"{figures['tokens']:,} tokens, loss {figures['loss']:.2f} at the end"
+        skipped = f", {figures['skipped']:,} records skipped" if figures.get("skipped") else ""
+        return f"{figures['tokens']:,} tokens, loss {figures['loss']:.2f} at the end{skipped}"
     if "parameters" in figures:
         return f"{figures['parameters']:,} parameters"
     if "splits" in figures:

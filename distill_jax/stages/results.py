@@ -59,8 +59,8 @@ def _evaluate(run: Run, place: epath.Path) -> dict[str, Any]:
         recipe.evaluation,
         mesh=run.mesh,
     )
-    if recipe.posttraining is not None:
-        config = recipe.posttraining
+    config = recipe.posttraining
+    if config is not None and config.task is not None:
         task = posttraining.load_task(config.task)
         for name, model in loaded.items():
             found = posttraining.accuracy(

@@ -233,7 +233,7 @@ def test_wrong_configurations_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"field": "text"}, r"in.jsonl: line 1 has no text in the field 'text'"),
+        ({"field": "text"}, r"in.jsonl: line 1: no text in the field 'text'"),
         ({"source": "/absent/in.jsonl"}, "/absent/in.jsonl: no such file"),
         (
             {"held_out_fraction": 1e-9},

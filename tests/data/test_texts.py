@@ -1,5 +1,7 @@
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from distill_jax.artifacts import InputError
@@ -13,6 +15,14 @@ def test_jsonl_gives_the_field_in_order(tmp_path):
     assert list(read_texts(path, field="body")) == ["one", "zwö"]
 
 
+def test_parquet_gives_the_field_of_its_rows(tmp_path):
+    for name, texts in (("b.parquet", ["three"]), ("a.parquet", ["one", " ", "two"])):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / name)
+    assert list(read_texts(tmp_path)) == ["one", "two", "three"]
+    with pytest.raises(InputError, match=r"a\.parquet: row 1: no text in the field 'body'"):
+        list(read_texts(tmp_path, field="body"))
+
+
 def test_a_folder_gives_its_texts_by_name(tmp_path):
     for name in ("b.txt", "a.txt", "c.md"):
         (tmp_path / name).write_text(name)
@@ -24,13 +34,13 @@ def test_a_folder_gives_its_texts_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"other": 1}\n', "a.jsonl: line 2 has no text in the field"),
-        ("a.jsonl", b'{"text": 5}\n', "a.jsonl: line 1 has no text in the field 'text'"),
-        ("a.jsonl", b"[1]\n", "a.jsonl: line 1 has no text in the field 'text'"),
-        ("a.jsonl", b"{oops\n", "a.jsonl: line 1 is not JSON"),
-        ("a.jsonl", b'"\xff"\n', "a.jsonl: line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"other": 1}\n', "a.jsonl: line 2: no text in the field"),
+        ("a.jsonl", b'{"text": 5}\n', "a.jsonl: line 1: no text in the field 'text'"),
+        ("a.jsonl", b"[1]\n", "a.jsonl: line 1: not a JSON object"),
+        ("a.jsonl", b"{oops\n", "a.jsonl: line 1: not JSON"),
+        ("a.jsonl", b'"\xff"\n', "a.jsonl: line 1: not JSON"),
         ("a.txt", b"\xff", "a.txt: not UTF-8"),
-        ("a.csv", b"", "a.csv: texts are a .jsonl file"),
+        ("a.csv", b"", "a.csv: records are a .jsonl"),
     ],
 )
 def test_wrong_files_are_one_clear_line(tmp_path, name, content, message):
@@ -43,5 +53,5 @@ def test_wrong_files_are_one_clear_line(tmp_path, name, content, message):
 def test_missing_sources_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         read_texts(tmp_path / "absent.jsonl")
-    with pytest.raises(InputError, match=r"no .txt file inside"):
+    with pytest.raises(InputError, match=r"no .jsonl or .parquet file inside"):
         read_texts(tmp_path)

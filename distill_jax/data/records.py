@@ -1,0 +1,164 @@
+"""Records from the files people have: JSON lines, JSON lists, parquet and TFDS datasets."""
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from distill_jax import artifacts
+from distill_jax.artifacts import InputError
+
+Record = Mapping[str, Any]
+Placed = Iterator[tuple[str, Record]]
+BadRows = Literal["refuse", "skip"]
+"""What becomes of a record that cannot be used."""
+
+
+class Rejects:
+    """Refuses the first record that cannot be used, or skips and remembers all of them.
+
+    Attributes:
+      refuses: whether it is the former.
+      messages: one line a record that was skipped: where it stands, and what is wrong with it.
+    """
+
+    def __init__(self, bad_rows: BadRows = "refuse"):
+        self.refuses = bad_rows == "refuse"
+        self.messages: list[str] = []
+
+    @contextlib.contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Where an InputError in the block is about the record at `place`.
+
+        Raises:
+          InputError: the same with the place before it, unless it is skipped.
+        """
+        try:
+            yield
+        except InputError as error:
+            message = f"{place}: {error}"
+            if self.refuses:
+                raise InputError(message) from error
+            self.messages.append(message)
+
+
+def read_records(
+    source: str | os.PathLike[str], *, split: str = "train", rejects: Rejects | None = None
+) -> Placed:
+    """Every record of `source` with its place, such as "chats.jsonl: line 3", in a fixed order.
+
+    Args:
+      source: what `artifacts.resolve` takes: a `.jsonl` file, a `.json` file that holds a list, a
+        `.parquet` file, a folder of `.jsonl` and `.parquet` files (read by name), or the directory
+        of a prepared TFDS dataset, the one with its `dataset_info.json`.
+      split: of a TFDS dataset, in TFDS's own words: "train[:90%]".
+      rejects: decides about lines that are not JSON objects; by default they are refused.
+
+    Raises:
+      InputError: nothing is there, it is none of these, or a record is refused.
+    """
+    place = artifacts.resolve(source)
+    rejects = rejects or Rejects()
+    if is_tfds(place):
+        return _read_tfds(place, split)
+    if place.is_dir():
+        files = sorted(p for p in place.iterdir() if p.suffix in (".jsonl", ".parquet"))
+        if not files:
+            raise InputError(f"{source}: no .jsonl or .parquet file inside, and no TFDS dataset")
+    elif place.suffix in _READERS:
+        files = [place]
+    else:
+        raise InputError(
+            f"{source}: records are a .jsonl, .json or .parquet file, a folder of such files, or a "
+            "TFDS dataset"
+        )
+    return itertools.chain.from_iterable(_READERS[p.suffix](p, rejects) for p in files)
+
+
+def is_tfds(place: epath.Path) -> bool:
+    """Whether a directory is that of a prepared TFDS dataset."""
+    return all((place / name).exists() for name in ("dataset_info.json", "features.json"))
+
+
+def _read_json_lines(path: epath.Path, rejects: Rejects) -> Placed:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            place = f"{path}: line {number}"
+            if line.strip():
+                with rejects.at(place):
+                    yield place, _mapping(_parse(line))
+
+
+def _read_json(path: epath.Path, rejects: Rejects) -> Placed:
+    try:
+        records = _parse(path.read_bytes())
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if not isinstance(records, list):
+        raise InputError(f"{path}: not a list; records that are lines belong in a .jsonl file")
+    for number, record in enumerate(records, start=1):
+        place = f"{path}: record {number}"
+        with rejects.at(place):
+            yield place, _mapping(record)
+
+
+def _read_parquet(path: epath.Path, rejects: Rejects) -> Placed:
+    del rejects  # a table has no broken rows
+    import pyarrow.parquet  # costs a third of a second, which most commands need not wait
+
+    number = itertools.count(1)
+    with path.open("rb") as file:
+        try:
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    yield f"{path}: row {next(number)}", record
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{path}: damaged ({' '.join(str(error).split())})") from error
+
+
+def _read_tfds(path: epath.Path, split: str) -> Placed:
+    try:
+        source = tfds.builder_from_directory(path).as_data_source(split=split)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise InputError(f"{path}: split {split!r}: {' '.join(str(error).split())}") from error
+    for index in range(len(source)):
+        yield f"{path}: {split} record {index + 1}", _plain(source[index])
+
+
+_READERS: Mapping[str, Callable[[epath.Path, Rejects], Placed]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+
+
+def _parse(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON ({error})") from error
+
+
+def _mapping(record: Any) -> Record:
+    if not isinstance(record, dict):
+        raise InputError("not a JSON object")
+    return record
+
+
+def _plain(value: Any) -> Any:
+    """What TFDS decodes, as JSON would hold it."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,139 @@
+"""What a recipe says of post-training, on a model and a tokenizer that lie where a run has them."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from distill_jax import models, stages
+from distill_jax.artifacts import InputError
+from distill_jax.recipe import Recipe, TokenizerConfig, load_recipe
+from distill_jax.stages import context, posttraining, preflight
+from distill_jax.training import read_metrics
+
+TINY = pathlib.Path(__file__).parent.parent.parent / "configs" / "tiny.py"
+
+
+def recipe_of(*overrides) -> Recipe:
+    settings = ["replay=0.0", "sft_train.steps=2", *overrides]
+    return load_recipe(TINY, ["size=test", *(f"posttraining.{text}" for text in settings)])
+
+
+def alone(*overrides) -> Recipe:
+    """Fine-tuning on files alone."""
+    return recipe_of("task=null", "rejection_train=null", "dpo_train=null", *overrides)
+
+
+def conversation(question, answer):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": turns})
+
+
+@pytest.fixture
+def run(tokenizer, random_model, tmp_path):
+    """(recipe) -> the run of a recipe whose student has been distilled."""
+    student = random_model(tokenizer.vocab_size)
+    tokenizer.save(tmp_path / context.CORPUS)
+    models.save(tmp_path / context.student(0), student)
+    return lambda recipe: stages.Run(recipe, epath.Path(tmp_path))
+
+
+def works(run) -> dict:
+    """The directory of each stage, as it is when work begins, and what fills it."""
+    made = {}
+    for stage in posttraining.stages(run):
+        (run.directory / stage.name).mkdir(exist_ok=True)
+        made[stage.name] = (run.directory / stage.name, stage)
+    return made
+
+
+def test_a_model_is_fine_tuned_on_a_file_alone(run, tmp_path, capsys):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(f"{conversation('2 + 2?', '4')}\n{{\n{conversation('3 + 3?', '6')}\n")
+    recipe = alone(f"sft.data={path}", "sft.bad_rows=skip")
+    preflight.check(recipe)
+    made = works(run(recipe))
+    assert made.keys() == {context.SFT}
+    place, stage = made[context.SFT]
+    figures = stage.work(place)
+    assert {name: figures[name] for name in ("used", "skipped", "rows", "steps")} == {
+        "used": 2,
+        "skipped": 1,
+        "rows": 1,
+        "steps": 2,
+    }
+    (skipped,) = (place / "skipped.txt").read_text().splitlines()
+    assert skipped.startswith(f"{path}: line 2: not JSON (")
+    assert f"sft: 1 records were skipped; the first: {path}: line 2" in capsys.readouterr().err
+    # Both answers, each of one token and the end of its turn.
+    assert read_metrics(place / "metrics.jsonl")[0]["weight"] == 8 * 2 * 2
+    before, after = (models.load(tmp_path / name).params for name in ("distill/seed-0", "sft"))
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, after)
+    assert max(jax.tree.leaves(moved)) > 0
+    assert models.is_saved(place)
+
+
+def test_files_stand_beside_the_task_and_decide_the_stage(run, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(conversation("2 + 2?", "4"))
+    recipe = recipe_of(f'sft.data=["task", "{path}"]')
+    (_, before), (_, rejection) = [works(run(recipe))[name] for name in (context.SFT, "dpo")]
+    assert list(before.external) == [str(path)]
+    assert not rejection.external
+    path.write_text(conversation("2 + 2?", "5"))
+    assert works(run(recipe))[context.SFT][1].external != before.external
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("task=null",), r"posttraining\.sft\.data: needs the problems of posttraining\.task"),
+        (("task=null", "sft.data=x.jsonl"), r"rejection\.prompts: need those of posttraining"),
+        (("rejection_train=null",), r"dpo_train: needs the samples of rejection_train"),
+        (("sft.data=[]",), r"posttraining\.sft\.data: no source"),
+    ],
+)
+def test_what_a_stage_needs_must_be_there(overrides, message):
+    with pytest.raises(InputError, match=message):
+        recipe_of(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("lines", "overrides", "message"),
+    [
+        ("{", (), r"chats\.jsonl: line 1: not JSON"),
+        (f"{conversation('a', 'b')}\n[]", (), r"chats\.jsonl: line 2: not a JSON object"),
+        (
+            "{}\n{}",
+            ("sft.bad_rows=skip",),
+            r"sft\.data: no record can be used; the first: .*line 1",
+        ),
+        ("", (), r"posttraining\.sft\.data: no record can be used$"),
+        (
+            conversation("a", "b"),
+            ("sft.sequence_length=513",),
+            r"513 is more than .* of 512 tokens",
+        ),
+    ],
+)
+def test_bad_data_are_told_before_any_work(tmp_path, lines, overrides, message):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(lines)
+    with pytest.raises(InputError, match=message) as caught:
+        preflight.check(alone(f"sft.data={path}", *overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_known_tokenizer_tells_lengths_before_any_work(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    path = tmp_path / "chats.jsonl"
+    path.write_text(f"{conversation('a', 'b')}\n{conversation('a', 'b ' * 200)}")
+    recipe = alone(f"sft.data={path}")
+    preflight.check(recipe)
+    known = dataclasses.replace(recipe, tokenizer=TokenizerConfig(source=str(tmp_path)))
+    with pytest.raises(InputError, match=r"line 2: \d+ tokens do not fit in 128"):
+        preflight.check(known)
