@@ -25,6 +25,12 @@ from distill_jax.posttraining.dpo import (
     with_reference,
 )
 from distill_jax.posttraining.log_probs import label_log_probs, sequence_log_probs
+from distill_jax.posttraining.preferences import (
+    Preference,
+    read_pairs,
+    read_preferences,
+    to_preference,
+)
 from distill_jax.posttraining.rejection import (
     RejectionConfig,
     choose,
@@ -55,6 +61,7 @@ __all__ = [
     "Message",
     "Pair",
     "PostTrainingConfig",
+    "Preference",
     "Problem",
     "Record",
     "RejectionConfig",
@@ -77,6 +84,8 @@ __all__ = [
     "pair_rows",
     "read_conversations",
     "read_examples",
+    "read_pairs",
+    "read_preferences",
     "read_samples",
     "render",
     "sample",
@@ -86,6 +95,7 @@ __all__ = [
     "sft_rows",
     "to_conversation",
     "to_messages",
+    "to_preference",
     "with_reference",
     "with_replay",
     "write_samples",

@@ -43,16 +43,18 @@ class PostTrainingConfig:
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
             raise InputError(f"posttraining.task: {self.task!r} is none of {', '.join(TASKS)}")
-        if not self.sft.data:
-            raise InputError("posttraining.sft.data: no source")
+        for field, data in (("sft.data", self.sft.data), ("dpo.pairs", self.dpo.pairs)):
+            if not data:
+                raise InputError(f"posttraining.{field}: no source")
         for field, needed in (
             ("sft.data", self.sft.uses_task),
             ("rejection_train", self.rejection_train is not None),
         ):
             if needed and self.task is None:
                 raise InputError(f"posttraining.{field}: needs the problems of posttraining.task")
-        if self.dpo_train is not None and self.rejection_train is None:
-            raise InputError("posttraining.dpo_train: needs the samples of rejection_train")
+        needs_samples = self.dpo_train is not None and self.dpo.uses_samples
+        if needs_samples and self.rejection_train is None:
+            raise InputError("posttraining.dpo.pairs: needs the samples of rejection_train")
         if self.sft.template != self.rejection.template:
             raise InputError("posttraining: sft.template and rejection.template differ")
         if not 0 <= self.replay < 1:

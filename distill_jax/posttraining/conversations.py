@@ -121,7 +121,7 @@ def messages_of(turns: Any, field: str) -> list[Message]:
         columns = turns.values()
         turns = [dict(zip(turns, row, strict=True)) for row in zip(*columns, strict=True)]
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"the field {field!r} is missing, empty, or no list of messages")
+        raise InputError(f"{field!r} is missing, empty, or no list of messages")
     messages = []
     for index, turn in enumerate(turns):
         place = f"{field} {index}"

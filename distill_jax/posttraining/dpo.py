@@ -2,12 +2,13 @@
 
 Two changes against the original: the tokens of headers and of the end of a turn count in neither
 answer, and the negative log-likelihood of the chosen answer is added, by token (Pang et al. 2024).
+A config may choose one of its variants.
 The starting model's log-probabilities are computed once and stored beside the pairs.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,36 +17,72 @@ from jax import Array
 from jax.sharding import Mesh
 
 from distill_jax import losses, parallel, progress
-from distill_jax.artifacts import InputError
-from distill_jax.data import Tokenizer
+from distill_jax.artifacts import InputError, check_choices
+from distill_jax.data import BadRows, Tokenizer
 from distill_jax.models import LlamaConfig, Model, Reading
 from distill_jax.models.llama import Remat
 from distill_jax.posttraining.chat import Example, Message, encode_prompt
+from distill_jax.posttraining.conversations import sources
 from distill_jax.posttraining.log_probs import sequence_log_probs
 from distill_jax.posttraining.rejection import encode_record
 from distill_jax.posttraining.rows import Record, to_record
 from distill_jax.training import LossFn, loss_of_rows
+
+SAMPLES = "samples"
+"""Stands for the pairs of rejection sampling among `DpoConfig.pairs`."""
+
+PreferenceLoss = Literal["dpo", "robust_dpo", "ipo"]
+"""A function of `distill_jax.losses`."""
+_LOSSES: Mapping[PreferenceLoss, Any] = {
+    "dpo": losses.dpo,
+    "robust_dpo": losses.robust_dpo,
+    "ipo": losses.ipo,
+}
 
 _ROW = ("tokens", "segment_ids", "labels", "where")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DpoConfig:
-    """How pairs become rows and what is minimised on them.
+    """Which pairs, how they become rows, and what is minimised on them.
 
     Attributes:
+      pairs: where they come from, one source or several: a file, a folder or a TFDS dataset as
+        `data.read_records` takes it, `gs://` too, with the fields of `to_preference`; "samples" is
+        the best and the worst of what rejection sampling drew.
+      split: of sources that are TFDS datasets.
+      bad_rows: whether a record that cannot be used (not JSON, a field missing, an empty answer,
+        twice the same, longer than a row) is refused, or skipped and counted.
       sequence_length: tokens of a row; a row holds one answer with its prompt.
+      loss: "dpo"; "robust_dpo" (Chowdhury et al. 2024), unbiased where a share `label_smoothing`
+        of the pairs is the wrong way round; "ipo" (Azar et al. 2023), which ends at a margin.
+      label_smoothing: of "dpo" (conservative DPO, Mitchell 2023) and "robust_dpo", in [0, 0.5).
+      length_normalised: take log-ratios as means over an answer's tokens, so that a long answer is
+        no larger a lever (Tulu 3, 2024; TRL's IPO); beta then wants to be some ten times larger.
       beta: how strongly the policy is held to the starting model.
       nll_weight: weight of the chosen answer's negative log-likelihood, a mean over its tokens.
       chunk: tokens whose logits are held at a time.
     """
 
+    pairs: str | tuple[str, ...] = SAMPLES
+    split: str = "train"
+    bad_rows: BadRows = "refuse"
     sequence_length: int = 256
+    loss: PreferenceLoss = "dpo"
+    label_smoothing: float = 0.0
+    length_normalised: bool = False
     beta: float = 0.1
     nll_weight: float = 0.2
     chunk: int = 1024
 
     def __post_init__(self) -> None:
+        check_choices(self, {"loss": PreferenceLoss, "bad_rows": BadRows})
+        if not 0 <= self.label_smoothing < 0.5:
+            raise InputError(
+                f"DpoConfig.label_smoothing is {self.label_smoothing}; it must be in [0, 0.5)"
+            )
+        if self.label_smoothing and self.loss == "ipo":
+            raise InputError("DpoConfig.label_smoothing: ipo has none")
         if self.sequence_length < 2:
             raise InputError(f"DpoConfig.sequence_length is {self.sequence_length}; at least 2")
         if self.beta <= 0:
@@ -54,6 +91,16 @@ class DpoConfig:
             raise InputError(f"DpoConfig.nll_weight is {self.nll_weight}; it must not be negative")
         if self.chunk < 1:
             raise InputError(f"DpoConfig.chunk is {self.chunk}; at least 1")
+
+    @property
+    def uses_samples(self) -> bool:
+        """Whether what rejection sampling drew is among the pairs."""
+        return SAMPLES in sources(self.pairs)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The other sources."""
+        return tuple(source for source in sources(self.pairs) if source != SAMPLES)
 
 
 class Pair(NamedTuple):
@@ -102,26 +149,40 @@ def pair_rows(
     """
     records = []
     for index, pair in enumerate(pairs):
-        if pair.chosen == pair.rejected:
-            raise InputError(f"pair {index}: chosen and rejected are the same")
-        halves = []
-        for name, completion in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            if not completion:
-                raise InputError(f"pair {index}: the {name} answer is empty")
-            if not pair.prompt:
-                raise InputError(f"pair {index}: the prompt is empty")
-            tokens = [*pair.prompt, *completion]
-            if len(tokens) > config.sequence_length:
-                raise InputError(
-                    f"pair {index}: prompt and {name} answer are {len(tokens)} tokens, "
-                    f"a row holds {config.sequence_length}"
-                )
-            where = [False] * len(pair.prompt) + [True] * len(completion)
-            halves.append(
-                to_record([Example(tokens, where)], config.sequence_length, pad_id=pad_id)
-            )
+        try:
+            check_pair(pair, config.sequence_length)
+        except InputError as error:
+            raise InputError(f"pair {index}: {error}") from error
+        halves = [
+            to_record([_example(pair.prompt, answer)], config.sequence_length, pad_id=pad_id)
+            for answer in (pair.chosen, pair.rejected)
+        ]
         records.append({name: np.stack([half[name] for half in halves]) for name in _ROW})
     return records
+
+
+def check_pair(pair: Pair, sequence_length: int) -> None:
+    """Checks that both answers of a pair fit in a row behind their prompt, and teach something.
+
+    Raises:
+      InputError: an answer or the prompt is empty, both answers are the same, or one is too long.
+    """
+    if not pair.prompt:
+        raise InputError("the prompt is empty")
+    if pair.chosen == pair.rejected:
+        raise InputError("chosen and rejected are the same")
+    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if not answer:
+            raise InputError(f"the {name} answer is empty")
+        length = len(pair.prompt) + len(answer)
+        if length > sequence_length:
+            raise InputError(
+                f"prompt and {name} answer are {length} tokens, a row holds {sequence_length}"
+            )
+
+
+def _example(prompt: list[int], answer: list[int]) -> Example:
+    return Example([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
 
 
 def with_reference(
@@ -166,12 +227,13 @@ def dpo_loss(
 ) -> LossFn:
     """The loss of `training.train` over batches of `with_reference`'s rows.
 
-    A pair is its unit of weight. Per pair, with log-probabilities summed over an answer's tokens:
+    A pair is its unit of weight. Per pair, with log-probabilities summed over an answer's tokens,
+    and unless the config says otherwise:
     -log sigmoid(beta (log pi(c) / ref(c) - log pi(r) / ref(r))) - nll_weight log pi(c) / |c|.
 
-    Terms: those of `losses.dpo`, "dpo", "nll", "chosen_log_prob" and "rejected_log_prob", the last
-    two sums over an answer. `remat`, `compute_dtype` and `mesh` are those of
-    `training.language_model_loss`.
+    Terms: those of `losses.dpo`, the loss by its name, "nll", "chosen_log_prob" and
+    "rejected_log_prob", the last two sums over an answer. `remat`, `compute_dtype` and `mesh` are
+    those of `training.language_model_loss`.
     """
 
     def totals(
@@ -181,21 +243,31 @@ def dpo_loss(
         reading = Reading() if shares is None else Reading.of(shares)
         log_probs_B2 = _pair_log_probs(model, params, batch, config, remat, reading)
         reference_B2 = batch["reference_log_probs"]
-        chosen_B, rejected_B = log_probs_B2[:, 0], log_probs_B2[:, 1]
-        dpo_B, terms = losses.dpo(
-            chosen_B, rejected_B, reference_B2[:, 0], reference_B2[:, 1], beta=config.beta
-        )
-        nll_B = losses.sequence_nll(chosen_B, jnp.sum(batch["where"][:, 0], axis=-1))
+        lengths_B2 = jnp.sum(batch["where"], axis=-1)
+        loss_B, terms = _preference_loss(config, log_probs_B2, reference_B2, lengths_B2)
+        nll_B = losses.sequence_nll(log_probs_B2[:, 0], lengths_B2[:, 0])
         terms = {
             **terms,
-            "dpo": dpo_B,
+            config.loss: loss_B,
             "nll": nll_B,
-            "chosen_log_prob": chosen_B,
-            "rejected_log_prob": rejected_B,
+            "chosen_log_prob": log_probs_B2[:, 0],
+            "rejected_log_prob": log_probs_B2[:, 1],
         }
-        return losses.reduce(dpo_B + config.nll_weight * nll_B, terms)
+        return losses.reduce(loss_B + config.nll_weight * nll_B, terms)
 
     return loss_of_rows(model, totals, compute_dtype=compute_dtype, mesh=mesh)
+
+
+def _preference_loss(
+    config: DpoConfig, log_probs_B2: Array, reference_B2: Array, lengths_B2: Array
+) -> tuple[Array, dict[str, Array]]:
+    """The config's loss [B] and its terms, from sums and numbers of tokens of both answers."""
+    options: dict[str, Any] = {"beta": config.beta}
+    if config.loss != "ipo":
+        options["label_smoothing"] = config.label_smoothing
+    if config.length_normalised:
+        options["chosen_length_B"], options["rejected_length_B"] = lengths_B2.T
+    return _LOSSES[config.loss](*log_probs_B2.T, *reference_B2.T, **options)
 
 
 def _pair_log_probs(

@@ -1,5 +1,6 @@
 """sft, rejection-sample and dpo: from a model of text to one that answers."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from distill_jax import data, models, parallel, posttraining, training
+from distill_jax import data, evaluation, models, parallel, posttraining, training
 from distill_jax.artifacts import InputError, fingerprint_path, write_bytes
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import PostTrainingConfig, to_json
@@ -28,7 +29,7 @@ def stages(run: Run) -> list[Stage]:
         REJECTION: ("sft", "replay", "rejection", "rejection_train"),
         DPO: ("rejection", "dpo", "dpo_train"),
     }
-    files = {SFT: config.sft.files}
+    files = {SFT: config.sft.files, DPO: config.dpo.files}
     works = {SFT: _sft, REJECTION: _rejection, DPO: _dpo}
     made, start = [], context.student(run.recipe.seeds[0])
     for name in context.posttraining_stages(run.recipe):
@@ -129,17 +130,52 @@ def _rejection(
 
 def _dpo(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) -> dict[str, Any]:
     model = run.load(start)
+    rejects, template = data.Rejects(config.dpo.bad_rows), config.rejection.template
+    pairs = list(posttraining.read_pairs(run.tokenizer, config.dpo, rejects, template))
+    figures = _used(place, rejects, len(pairs)) if config.dpo.files else {}
+    if config.dpo.uses_samples:
+        pairs += _sampled_pairs(run, template)
+    rows = posttraining.pair_rows(pairs, config.dpo, pad_id=run.tokenizer.pad_id)
+    rows = posttraining.with_reference(model, rows, config.dpo)
+    loss_fn = dpo_loss(config, model.config, run.mesh)
+    figures |= _train(run, place, model, loss_fn, rows, _given(config.dpo_train))
+    return figures | {"kl_to_reference": _kl_to(model, run, place, rows)}
+
+
+def _sampled_pairs(run: Run, template: str | None) -> list[posttraining.Pair]:
     records = posttraining.read_samples(run.directory / REJECTION / "samples")
-    pairs = posttraining.sampled_pairs(run.tokenizer, records, config.rejection.template)
+    pairs = posttraining.sampled_pairs(run.tokenizer, records, template)
     if not pairs:
         raise InputError(
             f"{run.directory / REJECTION}: no problem has both a right and a wrong answer; draw "
             "more samples, or raise posttraining.rejection.temperature"
         )
-    rows = posttraining.pair_rows(pairs, config.dpo, pad_id=run.tokenizer.pad_id)
-    rows = posttraining.with_reference(model, rows, config.dpo)
-    loss_fn = dpo_loss(config, model.config, run.mesh)
-    return _train(run, place, model, loss_fn, rows, _given(config.dpo_train))
+    return pairs
+
+
+_COMPARED_PAIRS = 256
+
+
+def _kl_to(
+    reference: models.Model, run: Run, place: epath.Path, pairs: Sequence[posttraining.Record]
+) -> float:
+    """KL(policy || reference) in nats a token, exact at the tokens of the first pairs' answers.
+
+    The policy is what the stage left in `place`.
+    """
+    halves = [
+        {name: values[half] for name, values in pair.items()}
+        for pair in pairs[:_COMPARED_PAIRS]
+        for half in (0, 1)
+    ]
+    found = evaluation.evaluate(
+        {"policy": run.load(place.name), "reference": reference},
+        ["policy"],
+        {"pairs": halves},
+        dataclasses.replace(run.recipe.evaluation, speed=None),
+        mesh=run.mesh,
+    )
+    return found["reference"]["pairs"]["kl"]["policy"]
 
 
 def _given(train: training.TrainConfig | None) -> training.TrainConfig:

@@ -79,6 +79,12 @@ def _check_posttraining(
     if tokenizer is not None:
         read = posttraining.read_examples(tokenizer, sft, rejects)
     _check_records("sft.data", sft.files, read, rejects)
+    if config.dpo_train is not None:
+        rejects, dpo = data.Rejects(config.dpo.bad_rows), config.dpo
+        read = posttraining.read_preferences(dpo, rejects)
+        if tokenizer is not None:
+            read = posttraining.read_pairs(tokenizer, dpo, rejects, config.rejection.template)
+        _check_records("dpo.pairs", dpo.files, read, rejects)
 
 
 def _check_records(

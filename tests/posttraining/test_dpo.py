@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -64,41 +65,72 @@ def test_reference_log_probs_are_those_of_each_sequence_alone(reference, rows):
     np.testing.assert_allclose(got, plain(reference), rtol=1e-5)
 
 
-def in_pytorch(torch, policy: np.ndarray, reference: np.ndarray):
-    """The papers' formula in float64: (loss, its terms per pair, gradient of the log-probs)."""
-    policy = torch.tensor(policy, dtype=torch.float64, requires_grad=True)
-    ratio = policy - torch.tensor(reference, dtype=torch.float64)
-    margin = DPO.beta * (ratio[:, 0] - ratio[:, 1])
-    dpo = -torch.nn.functional.logsigmoid(margin)
-    nll = -policy[:, 0] / torch.tensor([len(pair.chosen) for pair in PAIRS])
-    loss = (dpo + DPO.nll_weight * nll).sum()
-    loss.backward()
+VARIANTS = {
+    "DPO": DPO,
+    "conservative DPO": dataclasses.replace(DPO, label_smoothing=0.1),
+    "robust DPO": dataclasses.replace(DPO, loss="robust_dpo", label_smoothing=0.2, nll_weight=0.0),
+    "IPO": dataclasses.replace(DPO, loss="ipo"),
+    "IPO as TRL has it": dataclasses.replace(DPO, loss="ipo", length_normalised=True),
+    "length-normalised DPO": dataclasses.replace(DPO, length_normalised=True, beta=2.0),
+}
+
+
+def in_numpy(config: DpoConfig, policy: np.ndarray, reference: np.ndarray):
+    """TRL's formulas in float64: (loss, its terms, gradient of the log-probabilities), summed."""
+    lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in PAIRS])
+    scale = 1 / lengths if config.length_normalised else np.ones_like(lengths, np.float64)
+    ratio = scale * (policy.astype(np.float64) - reference)
+    delta, beta, e = ratio[:, 0] - ratio[:, 1], config.beta, config.label_smoothing
+    right, flipped = (np.log1p(np.exp(-sign * beta * delta)) for sign in (1, -1))
+    drop = 1 / (1 + np.exp(beta * delta))  # sigmoid(-beta delta)
+    match config.loss:
+        case "dpo":
+            loss = (1 - e) * right + e * flipped
+            slope = -beta * ((1 - e) * drop - e * (1 - drop))
+        case "robust_dpo":
+            loss = ((1 - e) * right - e * flipped) / (1 - 2 * e)
+            slope = -beta * ((1 - e) * drop + e * (1 - drop)) / (1 - 2 * e)
+        case "ipo":
+            loss = (delta - 1 / (2 * beta)) ** 2
+            slope = 2 * (delta - 1 / (2 * beta))
+    nll = -policy[:, 0] / lengths[:, 0]
+    gradient = slope[:, None] * scale * [1, -1]
+    gradient[:, 0] -= config.nll_weight / lengths[:, 0]
     terms = {
-        "chosen_reward": DPO.beta * ratio[:, 0],
-        "rejected_reward": DPO.beta * ratio[:, 1],
-        "reward_margin": margin,
-        "reward_accuracy": (margin > 0).double(),
+        "chosen_reward": beta * ratio[:, 0],
+        "rejected_reward": beta * ratio[:, 1],
+        "reward_margin": beta * delta,
+        "reward_accuracy": delta > 0,
         "nll": nll,
-        "dpo": dpo,
+        config.loss: loss,
         "chosen_log_prob": policy[:, 0],
         "rejected_log_prob": policy[:, 1],
     }
-    return loss.item(), {k: v.sum().item() for k, v in terms.items()}, policy.grad.numpy()
+    total = (loss + config.nll_weight * nll).sum()
+    return total, {name: term.sum() for name, term in terms.items()}, gradient
 
 
-@pytest.mark.slow
-def test_loss_and_gradient_are_the_papers_in_pytorch(random_model, reference, rows):
-    torch = pytest.importorskip("torch")
+@pytest.fixture(scope="module")
+def policy(random_model):
+    """A model, the log-probabilities it gives, [pairs, 2], and their gradient along a direction."""
     model = random_model(24, seed=1)
+    log_probs, along = jax.vjp(
+        jax.jit(functools.partial(plain_log_probs, model.config)), model.params
+    )
+    return model, np.asarray(log_probs), along
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_loss_terms_and_gradient_are_trls_formulas(policy, reference, rows, config):
+    model, log_probs, along = policy
 
     @functools.partial(jax.grad, has_aux=True)
     def ours(params):
-        totals = dpo_loss(model.config, DPO)(params, batch_of(rows), jnp.int32(0))
+        totals = dpo_loss(model.config, config)(params, batch_of(rows), jnp.int32(0))
         return totals.loss, totals
 
     gradient, totals = jax.jit(ours)(model.params)
-    loss, terms, outer = in_pytorch(torch, plain(model), plain(reference))
-    inner = jax.grad(lambda p: jnp.vdot(np.float32(outer), plain_log_probs(model.config, p)))
+    loss, terms, outer = in_numpy(config, log_probs, plain(reference))
     np.testing.assert_allclose(totals.loss, loss, rtol=1e-5)
     assert totals.weight == len(PAIRS)
     assert totals.terms.keys() == terms.keys()
@@ -107,7 +139,7 @@ def test_loss_and_gradient_are_the_papers_in_pytorch(random_model, reference, ro
     jax.tree.map(
         lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5),
         gradient,
-        jax.jit(inner)(model.params),
+        along(jnp.asarray(outer, jnp.float32))[0],
     )
 
 
@@ -177,8 +209,22 @@ def test_a_bad_pair_is_named(pair, complaint):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("beta", 0.0), ("nll_weight", -1.0), ("chunk", 0), ("sequence_length", 1)]
+    ("field", "value"),
+    [
+        ("beta", 0.0),
+        ("nll_weight", -1.0),
+        ("chunk", 0),
+        ("sequence_length", 1),
+        ("label_smoothing", 0.5),
+    ],
 )
 def test_a_config_that_cannot_train_is_refused(field, value):
     with pytest.raises(InputError, match=f"DpoConfig.{field} is {value}"):
         DpoConfig(**{field: value})
+
+
+def test_a_variant_that_does_not_exist_is_refused():
+    with pytest.raises(InputError, match="loss is 'kto'; choose one of dpo, robust_dpo, ipo"):
+        DpoConfig(loss="kto")
+    with pytest.raises(InputError, match=r"DpoConfig\.label_smoothing: ipo has none"):
+        DpoConfig(loss="ipo", label_smoothing=0.1)

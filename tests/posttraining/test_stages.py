@@ -5,12 +5,15 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from scipy.special import log_softmax
 
 from distill_jax import models, stages
 from distill_jax.artifacts import InputError
+from distill_jax.posttraining import encode_pair
 from distill_jax.recipe import Recipe, TokenizerConfig, load_recipe
 from distill_jax.stages import context, posttraining, preflight
 from distill_jax.training import read_metrics
@@ -93,8 +96,9 @@ def test_files_stand_beside_the_task_and_decide_the_stage(run, tmp_path):
     [
         (("task=null",), r"posttraining\.sft\.data: needs the problems of posttraining\.task"),
         (("task=null", "sft.data=x.jsonl"), r"rejection\.prompts: need those of posttraining"),
-        (("rejection_train=null",), r"dpo_train: needs the samples of rejection_train"),
+        (("rejection_train=null",), r"dpo\.pairs: needs the samples of rejection_train"),
         (("sft.data=[]",), r"posttraining\.sft\.data: no source"),
+        (("dpo.pairs=",), r"posttraining\.dpo\.pairs: no source"),
     ],
 )
 def test_what_a_stage_needs_must_be_there(overrides, message):
@@ -137,3 +141,57 @@ def test_a_known_tokenizer_tells_lengths_before_any_work(tokenizer, tmp_path):
     known = dataclasses.replace(recipe, tokenizer=TokenizerConfig(source=str(tmp_path)))
     with pytest.raises(InputError, match=r"line 2: \d+ tokens do not fit in 128"):
         preflight.check(known)
+
+
+def kl_by_hand(policy, reference, sequences) -> float:
+    """KL(policy || reference) a token of the answers, in float64 from whole logits."""
+    sums = count = 0.0
+    for prompt, answer in sequences:
+        tokens = jnp.asarray([[*prompt, *answer]])
+        p, q = (
+            log_softmax(np.asarray(models.logits(m.config, m.params, tokens), np.float64), -1)
+            for m in (policy, reference)
+        )
+        kl = (np.exp(p) * (p - q)).sum(-1)[0]
+        sums += kl[len(prompt) - 1 : -1].sum()
+        count += len(answer)
+    return sums / count
+
+
+def test_preferences_of_a_file_are_learnt_after_fine_tuning(run, tokenizer, tmp_path):
+    chats, pairs = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl"
+    chats.write_text(conversation("2 + 2?", "4"))
+    record = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5 or 6"}
+    pairs.write_text("\n".join(map(json.dumps, [record, {**record, "rejected": "4"}])))
+    recipe = recipe_of(
+        "task=null",
+        "rejection_train=null",
+        "dpo_train.steps=12",
+        "dpo_train.optimizer.learning_rate=0.05",
+        f"sft.data={chats}",
+        f"dpo.pairs={pairs}",
+        "dpo.bad_rows=skip",
+        "dpo.loss=ipo",
+        "dpo.length_normalised=true",
+    )
+    preflight.check(recipe)
+    made = works(run(recipe))
+    assert list(made) == [context.SFT, context.DPO]
+    assert made[context.DPO][1].inputs == (context.CORPUS, context.SFT)
+    for place, stage in made.values():
+        figures = stage.work(place)
+    assert (figures["used"], figures["skipped"]) == (1, 1)
+    lines = read_metrics(tmp_path / "dpo" / "metrics.jsonl")
+    assert lines[0]["reward_margin"] == pytest.approx(0, abs=1e-4)
+    assert lines[-1]["reward_margin"] > 0
+    assert lines[-1]["reward_accuracy"] == 1
+    assert lines[-1]["ipo"] < lines[0]["ipo"]
+    policy, reference = (models.load(tmp_path / name) for name in ("dpo", "sft"))
+    pair = encode_pair(tokenizer, [{"role": "user", "content": "2 + 2?"}], "4", "5 or 6")
+    sequences = [(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]
+    expected = kl_by_hand(policy, reference, sequences)
+    assert figures["kl_to_reference"] == pytest.approx(expected, rel=1e-3)
+    assert expected > 1e-3
+    pairs.write_text(json.dumps(record | {"chosen": "5 or 6"}))
+    with pytest.raises(InputError, match=r"dpo\.pairs: no record can be used; the first: .*same"):
+        preflight.check(recipe)

@@ -1,0 +1,105 @@
+import json
+
+import pytest
+
+from distill_jax.artifacts import InputError
+from distill_jax.data import Rejects
+from distill_jax.posttraining import (
+    DpoConfig,
+    Preference,
+    encode_pair,
+    read_pairs,
+    to_preference,
+)
+
+ASKED = {"role": "user", "content": "2 + 2?"}
+SYSTEM = {"role": "system", "content": "Be short."}
+RIGHT, WRONG = ({"role": "assistant", "content": text} for text in ("4", "5"))
+EARLIER = [ASKED, RIGHT, {"role": "user", "content": "Really?"}]
+# The record, and the conversation before its answers "4" and "5".
+FORMS = {
+    "texts": ({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, [ASKED]),
+    "messages": ({"prompt": [SYSTEM, ASKED], "chosen": [RIGHT], "rejected": [WRONG]}, None),
+    "conversations": ({"chosen": [SYSTEM, ASKED, RIGHT], "rejected": [SYSTEM, ASKED, WRONG]}, None),
+    "conversations and their prompt, as a text": (
+        {"prompt": "2 + 2?", "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
+        [ASKED],
+    ),
+    "conversations and their prompt, as messages": (
+        {
+            "prompt": [SYSTEM, ASKED],
+            "chosen": [SYSTEM, ASKED, RIGHT],
+            "rejected": [SYSTEM, ASKED, WRONG],
+        },
+        None,
+    ),
+    "conversations behind a system's message": (
+        {"prompt": [SYSTEM], "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
+        None,
+    ),
+    "several turns": ({"chosen": [*EARLIER, RIGHT], "rejected": [*EARLIER, WRONG]}, EARLIER),
+    "sharegpt, answers apart": (
+        {
+            "system": "Be short.",
+            "conversations": [{"from": "human", "value": "2 + 2?"}],
+            "chosen": {"from": "gpt", "value": "4"},
+            "rejected": {"from": "gpt", "value": "5"},
+        },
+        None,
+    ),
+    "alpaca": ({"instruction": "2 + 2?", "input": "", "chosen": "4", "rejected": "5"}, [ASKED]),
+    "by column": (
+        {
+            "chosen": {"role": ["user", "assistant"], "content": ["2 + 2?", "4"]},
+            "rejected": {"role": ["user", "assistant"], "content": ["2 + 2?", "5"]},
+        },
+        [ASKED],
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "prompt"), FORMS.values(), ids=FORMS)
+def test_every_form_is_the_same_preference(record, prompt):
+    assert to_preference(record) == Preference(prompt or [SYSTEM, ASKED], "4", "5")
+
+
+BAD = [
+    ({"prompt": "a", "chosen": "b"}, "'rejected' is missing, empty, or no list"),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
+    ({"prompt": "a", "chosen": "", "rejected": "b"}, "chosen 0: empty"),
+    ({"prompt": " ", "chosen": "a", "rejected": "b"}, "prompt 0: empty"),
+    ({"prompt": 5, "chosen": "a", "rejected": "b"}, "'prompt' is missing, empty, or no list"),
+    ({"chosen": "a", "rejected": "b"}, "the fields chosen, rejected hold no conversation"),
+    ({"chosen": [RIGHT], "rejected": [WRONG]}, "the fields chosen, rejected hold no conv"),
+    ({"chosen": [ASKED, RIGHT], "rejected": [ASKED]}, "rejected: not one message of the assis"),
+    ({"chosen": [ASKED, RIGHT], "rejected": [ASKED, SYSTEM]}, "rejected: not one message"),
+    ({"chosen": [ASKED, RIGHT, ASKED, RIGHT], "rejected": [ASKED, WRONG]}, "chosen: not one"),
+    ({"prompt": [ASKED, WRONG], "chosen": [RIGHT], "rejected": [WRONG]}, "has been answered"),
+    ({"prompt": "a", "chosen": [{"role": "robot", "content": "b"}], "rejected": "c"}, "'robot'"),
+]
+
+
+@pytest.mark.parametrize(("record", "complaint"), BAD)
+def test_what_is_no_preference_is_refused_in_one_line(record, complaint):
+    with pytest.raises(InputError, match=complaint) as caught:
+        to_preference(record)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_become_pairs_and_bad_rows_are_refused_or_skipped(tokenizer, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    long = {"prompt": "2 + 2?", "chosen": "a " * 100, "rejected": "5"}
+    records = [record for record, _ in (*FORMS.values(), *BAD)] + [long]
+    path.write_text("\n".join(map(json.dumps, records)))
+    skipping = DpoConfig(pairs=(str(path), "samples"), bad_rows="skip", sequence_length=100)
+    assert skipping.uses_samples
+    rejects = Rejects(skipping.bad_rows)
+    assert list(read_pairs(tokenizer, skipping, rejects)) == [
+        encode_pair(tokenizer, prompt or [SYSTEM, ASKED], "4", "5") for _, prompt in FORMS.values()
+    ]
+    assert len(rejects.messages) == len(BAD) + 1
+    last = f"line {len(records)}: prompt and chosen answer are "
+    assert last in rejects.messages[-1]
+    refusing = DpoConfig(pairs=str(path), sequence_length=100)
+    with pytest.raises(InputError, match=rf"pairs\.jsonl: line {len(FORMS) + 1}: 'rejected' is"):
+        list(read_pairs(tokenizer, refusing, Rejects(refusing.bad_rows)))
