@@ -13,8 +13,13 @@ from distill_jax.posttraining.chat import (
     end_of_turn,
     render,
 )
+from distill_jax.posttraining.checks import check_files
 from distill_jax.posttraining.config import PostTrainingConfig
-from distill_jax.posttraining.conversations import read_conversations, to_conversation
+from distill_jax.posttraining.conversations import (
+    read_conversations,
+    to_conversation,
+    to_problem,
+)
 from distill_jax.posttraining.dpo import (
     DpoConfig,
     Pair,
@@ -31,7 +36,9 @@ from distill_jax.posttraining.preferences import (
     read_preferences,
     to_preference,
 )
+from distill_jax.posttraining.prompts import read_problems
 from distill_jax.posttraining.rejection import (
+    Choice,
     RejectionConfig,
     choose,
     chosen_examples,
@@ -39,9 +46,19 @@ from distill_jax.posttraining.rejection import (
     sample,
     write_samples,
 )
+from distill_jax.posttraining.rewards import (
+    VERIFIERS,
+    Judge,
+    Reward,
+    by_program,
+    by_reward,
+    load_function,
+    log_likelihood,
+)
 from distill_jax.posttraining.rows import Record, pack, with_replay
 from distill_jax.posttraining.sft import SftConfig, read_examples, sft_loss, sft_rows
 from distill_jax.posttraining.tasks import (
+    TASK,
     TASKS,
     Problem,
     Task,
@@ -54,10 +71,14 @@ __all__ = [
     "CHATML",
     "CHATML_SPECIALS",
     "LLAMA3",
+    "TASK",
     "TASKS",
+    "VERIFIERS",
     "Answer",
+    "Choice",
     "DpoConfig",
     "Example",
+    "Judge",
     "Message",
     "Pair",
     "PostTrainingConfig",
@@ -65,11 +86,15 @@ __all__ = [
     "Problem",
     "Record",
     "RejectionConfig",
+    "Reward",
     "SftConfig",
     "Task",
     "accuracy",
     "answer",
+    "by_program",
+    "by_reward",
     "chat_template",
+    "check_files",
     "choose",
     "chosen_examples",
     "demonstrations",
@@ -79,13 +104,16 @@ __all__ = [
     "encode_prompt",
     "end_of_turn",
     "label_log_probs",
+    "load_function",
     "load_task",
+    "log_likelihood",
     "pack",
     "pair_rows",
     "read_conversations",
     "read_examples",
     "read_pairs",
     "read_preferences",
+    "read_problems",
     "read_samples",
     "render",
     "sample",
@@ -96,6 +124,7 @@ __all__ = [
     "to_conversation",
     "to_messages",
     "to_preference",
+    "to_problem",
     "with_reference",
     "with_replay",
     "write_samples",

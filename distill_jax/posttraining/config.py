@@ -6,7 +6,7 @@ from distill_jax.artifacts import InputError
 from distill_jax.posttraining.dpo import DpoConfig
 from distill_jax.posttraining.rejection import RejectionConfig
 from distill_jax.posttraining.sft import SftConfig
-from distill_jax.posttraining.tasks import TASKS
+from distill_jax.posttraining.tasks import TASK, TASKS
 from distill_jax.training import TrainConfig
 
 
@@ -40,20 +40,32 @@ class PostTrainingConfig:
     dpo: DpoConfig = DpoConfig()
     dpo_train: TrainConfig | None = None
 
+    @property
+    def longest_answer(self) -> int:
+        """Tokens that a question and a sampled answer may have, so that all stages can learn it."""
+        lengths = [self.sft.sequence_length]
+        if self.dpo_train is not None and self.dpo.uses_samples:
+            lengths.append(self.dpo.sequence_length)
+        return min(lengths)
+
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
             raise InputError(f"posttraining.task: {self.task!r} is none of {', '.join(TASKS)}")
-        for field, data in (("sft.data", self.sft.data), ("dpo.pairs", self.dpo.pairs)):
+        for field, data in (
+            ("sft.data", self.sft.data),
+            ("rejection.prompts", self.rejection.prompts),
+            ("dpo.pairs", self.dpo.pairs),
+        ):
             if not data:
                 raise InputError(f"posttraining.{field}: no source")
-        for field, needed in (
-            ("sft.data", self.sft.uses_task),
-            ("rejection_train", self.rejection_train is not None),
-        ):
-            if needed and self.task is None:
-                raise InputError(f"posttraining.{field}: needs the problems of posttraining.task")
-        needs_samples = self.dpo_train is not None and self.dpo.uses_samples
-        if needs_samples and self.rejection_train is None:
+        samples = self.rejection_train is not None
+        if self.task is None and self.sft.uses_task:
+            raise InputError("posttraining.sft.data: needs the problems of posttraining.task")
+        if self.task is None and samples and self.rejection.asks_task:
+            raise InputError("posttraining.rejection.prompts: need those of posttraining.task")
+        if samples and self.rejection.files and self.rejection.reward == TASK:
+            raise InputError("posttraining.rejection.reward: the task's cannot score files")
+        if self.dpo_train is not None and self.dpo.uses_samples and not samples:
             raise InputError("posttraining.dpo.pairs: needs the samples of rejection_train")
         if self.sft.template != self.rejection.template:
             raise InputError("posttraining: sft.template and rejection.template differ")

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from distill_jax.artifacts import InputError
 from distill_jax.data import Record, Rejects, read_records
 from distill_jax.posttraining.chat import Message
+from distill_jax.posttraining.tasks import Problem
 
 Form = Literal["auto", "messages", "alpaca", "sharegpt"]
 """How a record holds a conversation, see `to_conversation`; "auto" is found out from its fields."""
@@ -149,3 +150,23 @@ def _message(role: str, content: Any, place: str) -> Message:
     if role in ("user", "assistant") and not content.strip():
         raise InputError(f"{place}: empty")
     return {"role": role, "content": content}
+
+
+def to_problem(record: Record, form: Form = "auto") -> Problem:
+    """A record as a question of the user's, what was said before, and the answer it ends with.
+
+    Raises:
+      InputError: as `to_conversation`, but that there need be no answer; or nothing is asked.
+    """
+    if form == "auto":
+        form = form_of(record)
+    *before, question = prompt_of(record, form)
+    answer = ""
+    if form == "alpaca" and record.get("output"):
+        answer = _message("assistant", record["output"], "output")["content"]
+    elif question["role"] == "assistant" and before:
+        answer = question["content"]
+        *before, question = before
+    if question["role"] != "user":
+        raise InputError("the last message, or that before the answer, is not the user's")
+    return Problem(prompt=question["content"], answer=answer, before=tuple(before))

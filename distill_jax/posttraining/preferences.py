@@ -20,15 +20,15 @@ class Preference(NamedTuple):
 
 
 def read_pairs(
-    tokenizer: Tokenizer, config: DpoConfig, rejects: Rejects, template: str | None = None
+    tokenizer: Tokenizer, config: DpoConfig, template: str | None, rejects: Rejects
 ) -> Iterator[Pair]:
     """The pairs of the config's files, in tokens; each fits in its rows.
 
     Args:
       tokenizer: the model's.
       config: names the files.
+      template: a chat template in place of the tokenizer's own, or None.
       rejects: decides about records that cannot be used.
-      template: a chat template in place of the tokenizer's own.
 
     Raises:
       InputError: no file is there, or a record is refused, with its file and line.

@@ -1,52 +1,88 @@
-"""Rejection sampling: many answers to each question, of which a verifier keeps the best.
+"""Rejection sampling: many answers to each question, of which a reward keeps the best.
 
-The Llama 3 paper, 4.2.2, draws 10 to 30 answers and lets a reward model pick one. Here a program
-checks the answers. The best of each question feeds fine-tuning; with the worst it makes a pair for
-preference optimisation.
+The Llama 3 paper, 4.2.2, draws 10 to 30 answers and lets a reward model pick one; here a program
+or a function may, too. The best of each question, or all that are good enough, feed fine-tuning;
+the best and the worst make a pair for preference optimisation.
 """
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from etils import epath
 
 from distill_jax import artifacts, parallel, progress
-from distill_jax.artifacts import InputError
-from distill_jax.data import Tokenizer
+from distill_jax.artifacts import InputError, check_choices
+from distill_jax.data import BadRows, Tokenizer, read_records
 from distill_jax.models import Model, Sampling
 from distill_jax.posttraining.answers import answer, seed_of
 from distill_jax.posttraining.chat import Example, chat_template, encode_prompt, end_of_turn
-from distill_jax.posttraining.tasks import Problem, Task, to_messages
+from distill_jax.posttraining.conversations import Form, sources
+from distill_jax.posttraining.rewards import VERIFIERS, Judge, by_program, judge
+from distill_jax.posttraining.tasks import TASK, Problem, Task, to_messages
 
+Keep = Literal["best", "all"]
 _SETTINGS, _SAMPLES = "sampling.json", "samples.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RejectionConfig:
-    """How answers are drawn and when one is good enough.
+    """What is asked, how answers are drawn, and when one is good enough.
 
     Attributes:
+      prompts: where questions come from, one source or several: "task" is the recipe's task; others
+        are files as `SftConfig.data` has them, and where a conversation ends with an answer it is
+        the reference.
+      form: as `SftConfig.form`, of these files; so `split` and `bad_rows`.
+      split: see `form`.
+      bad_rows: see `form`.
+      reward: what scores an answer: "task", the task's own program; "exact", "text", "number" and
+        "regex" compare it with the reference (`posttraining.VERIFIERS`); "teacher:NAME" is the mean
+        log-probability of its tokens under a teacher of the recipe; "path/to/file.py:function" is
+        any function (prompts, completions, references) -> scores, see `posttraining.Reward`.
       samples: answers drawn for each problem, K.
       temperature: of sampling; at 0 all answers to a problem would be the same.
       top_p: sample from the smallest set of tokens with this much probability; None: from all.
       max_new_tokens: where an answer that does not end is cut off.
-      threshold: the score from which an answer may be chosen.
+      threshold: the score from which an answer may be chosen; None: any may.
+      keep: what is learnt of the answers to a question: the "best", or "all" that may be chosen,
+        each text once.
       problems_per_batch: problems answered at a time, and committed to disk at a time.
       template: a chat template in place of the tokenizer's own.
       seed: of the sampling.
     """
 
+    prompts: str | tuple[str, ...] = TASK
+    form: Form = "auto"
+    split: str = "train"
+    bad_rows: BadRows = "refuse"
+    reward: str = TASK
     samples: int = 10
     temperature: float = 1.0
     top_p: float | None = None
     max_new_tokens: int = 32
-    threshold: float = 1.0
+    threshold: float | None = 1.0
+    keep: Keep = "best"
     problems_per_batch: int = 8
     template: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_choices(self, {"form": Form, "bad_rows": BadRows, "keep": Keep})
+        known = (TASK, *VERIFIERS)
+        if self.reward not in known and ":" not in self.reward:
+            raise InputError(
+                f"RejectionConfig.reward is {self.reward!r}; it is one of {', '.join(known)}, "
+                "teacher:NAME, or FILE.py:FUNCTION"
+            )
+        if self.teacher is not None and self.threshold is not None and self.threshold > 0:
+            raise InputError(
+                f"RejectionConfig.threshold is {self.threshold}, and no log-probability is above "
+                "0; None lets the best answer be chosen"
+            )
         for name in ("samples", "max_new_tokens", "problems_per_batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"RejectionConfig.{name} is {getattr(self, name)}; at least 1")
@@ -55,6 +91,27 @@ class RejectionConfig:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"RejectionConfig.top_p is {self.top_p}; in (0, 1]")
 
+    @property
+    def asks_task(self) -> bool:
+        """Whether the task's problems are among the prompts."""
+        return TASK in sources(self.prompts)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that prompts come from."""
+        return tuple(source for source in sources(self.prompts) if source != TASK)
+
+    @property
+    def teacher(self) -> str | None:
+        """The teacher whose log-probabilities are the reward."""
+        kind, _, name = self.reward.partition(":")
+        return name if kind == "teacher" else None
+
+    @property
+    def function(self) -> str | None:
+        """The file and function that are the reward."""
+        return self.reward if ":" in self.reward and self.teacher is None else None
+
 
 def sample(
     model: Model,
@@ -62,13 +119,25 @@ def sample(
     task: Task,
     problems: Sequence[Problem],
     config: RejectionConfig,
+    reward: Judge | None = None,
 ) -> list[dict[str, Any]]:
     """Draws and scores `config.samples` answers to each problem, whose prompt is read once.
 
+    Args:
+      model: answers.
+      tokenizer: the model's.
+      task: names the problems, and scores the answers if nothing else does.
+      problems: the questions.
+      config: how answers are drawn.
+      reward: what scores the answers in place of the task's program.
+
     Returns:
-      One JSON object a problem: "task", "prompt", "answer"; "samples", each with "text", "tokens"
-      (without the end of the turn), "score", "finished", "log_prob" and "seed"; "chosen" and
-      "rejected", indices of samples as `choose` picks them, or None.
+      One JSON object a problem: "task", "before", "prompt", "answer"; "samples", each with "text",
+      "tokens" (without the end of the turn), "score", "finished", "log_prob" and "seed"; "kept",
+      "chosen" and "rejected", indices of samples as `choose` picks them, or None.
+
+    Raises:
+      InputError: a score is not a finite number.
     """
     repeated = [problem for problem in problems for _ in range(config.samples)]
     seeds = [
@@ -85,45 +154,67 @@ def sample(
         max_new_tokens=config.max_new_tokens,
         template=config.template,
     )
+    texts = [said.text for said in answers]
+    scores = judge(config.reward, reward or by_program(task.scorer), repeated, texts)
     samples = [
-        {**said._asdict(), "score": task.score(said.text, problem), "seed": seed}
-        for said, problem, seed in zip(answers, repeated, seeds, strict=True)
+        {**said._asdict(), "score": score, "seed": seed}
+        for said, score, seed in zip(answers, scores, seeds, strict=True)
     ]
     records = []
     for index, problem in enumerate(problems):
         drawn = samples[index * config.samples : (index + 1) * config.samples]
-        chosen, rejected = choose(drawn, config.threshold)
+        choice = choose(drawn, config.threshold)
         records.append(
             {
                 "task": task.name,
+                "before": list(problem.before),
                 "prompt": problem.prompt,
                 "answer": problem.answer,
                 "samples": drawn,
-                "chosen": chosen,
-                "rejected": rejected,
+                **choice._asdict(),
+                "kept": choice.kept if config.keep == "all" else choice.kept[:1],
             }
         )
     return records
 
 
-def choose(samples: Sequence[dict[str, Any]], threshold: float) -> tuple[int | None, int | None]:
-    """The best sample that is good enough, and the worst one beside it.
+class Choice(NamedTuple):
+    """Indices of the samples of a problem.
 
-    The best has the highest score, at least `threshold`, and ended its turn itself. The worst has
-    the lowest score, below the best's. An empty text is neither, and of equals the first is
+    Attributes:
+      kept: those that are good enough, the best first, each text once.
+      chosen: the best of them, or None.
+      rejected: the worst of all, if it is worse than the chosen, else None.
+    """
+
+    kept: list[int]
+    chosen: int | None
+    rejected: int | None
+
+
+def choose(samples: Sequence[dict[str, Any]], threshold: float | None) -> Choice:
+    """The samples that are good enough, and the worst one beside them.
+
+    Good enough is one with a score of at least `threshold`, if there is one, that ended its turn
+    itself. The worst has the lowest score. An empty text is neither, and of equals the first is
     taken, so that a text drawn twice counts once.
-
-    Returns:
-      (index of the chosen, index of the rejected); None where there is none, and no rejected
-      without a chosen.
     """
     said = [index for index, drawn in enumerate(samples) if drawn["text"].strip()]
-    good = [i for i in said if samples[i]["finished"] and samples[i]["score"] >= threshold]
+    good = [
+        index
+        for index in said
+        if samples[index]["finished"]
+        and (threshold is None or samples[index]["score"] >= threshold)
+    ]
     if not good:
-        return None, None
-    chosen = max(good, key=lambda index: samples[index]["score"])
+        return Choice([], None, None)
+    texts: dict[str, int] = {}
+    for index in sorted(good, key=lambda index: (-samples[index]["score"], index)):
+        texts.setdefault(samples[index]["text"].strip(), index)
+    kept = list(texts.values())
     worst = min(said, key=lambda index: samples[index]["score"])
-    return chosen, worst if samples[worst]["score"] < samples[chosen]["score"] else None
+    worse = samples[worst]["score"] < samples[kept[0]]["score"]
+    return Choice(kept, kept[0], worst if worse else None)
 
 
 def write_samples(
@@ -133,6 +224,7 @@ def write_samples(
     task: Task,
     problems: Sequence[Problem],
     config: RejectionConfig,
+    reward: Judge | None = None,
 ) -> dict[str, float]:
     """`sample` over all problems, into `directory`/samples.jsonl; returns its figures.
 
@@ -141,10 +233,11 @@ def write_samples(
     first writes.
 
     Raises:
-      InputError: the directory holds samples of other problems or settings.
+      InputError: the directory holds samples of other problems or settings, or a score is not a
+        finite number.
       Preempted: the job was told to stop (`parallel.stoppable`).
     """
-    place = artifacts.epath.Path(directory)
+    place = epath.Path(directory)
     size = config.problems_per_batch
     batches = [problems[start : start + size] for start in range(0, len(problems), size)]
     parts = [place / f"part-{index:05}.jsonl" for index in range(len(batches))]
@@ -164,25 +257,24 @@ def write_samples(
 
     missing = parallel.on_main(begin, what="the first sample")
     todo = [(parts[index], batches[index]) for index in missing]
-    _write_parts(todo, model, tokenizer, task, len(problems), config)
+    draw = functools.partial(sample, model, tokenizer, task, config=config, reward=reward)
+    _write_parts(todo, draw, task.name, len(problems))
     parallel.on_main(end, what="the last sample")
     return _figures(read_samples(place))
 
 
 def _write_parts(
-    todo: Sequence[tuple[artifacts.epath.Path, Sequence[Problem]]],
-    model: Model,
-    tokenizer: Tokenizer,
-    task: Task,
+    todo: Sequence[tuple[epath.Path, Sequence[Problem]]],
+    draw: Callable[[Sequence[Problem]], list[dict[str, Any]]],
+    name: str,
     count: int,
-    config: RejectionConfig,
 ) -> None:
     """Draws the batches of problems, of `count` in all, that are not on disk yet."""
     done = count - sum(len(batch) for _, batch in todo)
-    with progress.bar(f"sample {task.name}", count, unit="problems", done=done) as bar:
+    with progress.bar(f"sample {name}", count, unit="problems", done=done) as bar:
         for part, batch in todo:
             parallel.stop_if_preempted("while answers were sampled")
-            records = sample(model, tokenizer, task, batch, config)
+            records = draw(batch)
             lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
             if parallel.is_main():
                 artifacts.write_bytes(part, lines.encode())
@@ -197,22 +289,13 @@ def read_samples(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
       InputError: there are none, or a line is damaged.
     """
-    place = artifacts.epath.Path(directory) / _SAMPLES
-    if not place.exists():
-        raise InputError(f"{place}: no such file")
-    records = []
-    for number, line in enumerate(place.read_text().splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(f"{place}: line {number} is not JSON ({error})") from error
-    return records
+    return [dict(record) for _, record in read_records(epath.Path(directory) / _SAMPLES)]
 
 
 def chosen_examples(
     tokenizer: Tokenizer, records: Sequence[dict[str, Any]], template: str | None = None
 ) -> list[Example]:
-    """The best answer to each problem that has one, as data for `sft_rows`.
+    """The answers to each problem that were kept, as data for `sft_rows`.
 
     The tokens are those the model drew, not a second tokenisation of its text; the token that
     ends the turn is learnt with them.
@@ -220,11 +303,11 @@ def chosen_examples(
     end = end_of_turn(tokenizer, template)
     examples = []
     for record in records:
-        if record["chosen"] is None:
-            continue
         prompt = encode_record(tokenizer, record, template)
-        tokens = [*record["samples"][record["chosen"]]["tokens"], end]
-        examples.append(Example([*prompt, *tokens], [False] * len(prompt) + [True] * len(tokens)))
+        for index in record["kept"]:
+            tokens = [*record["samples"][index]["tokens"], end]
+            where = [False] * len(prompt) + [True] * len(tokens)
+            examples.append(Example([*prompt, *tokens], where))
     return examples
 
 
@@ -232,12 +315,13 @@ def encode_record(
     tokenizer: Tokenizer, record: dict[str, Any], template: str | None = None
 ) -> list[int]:
     """The tokens of a record's prompt, as the model saw it when it answered."""
-    problem = Problem(prompt=record["prompt"], answer=record["answer"])
+    before = tuple(record["before"])
+    problem = Problem(prompt=record["prompt"], answer=record["answer"], before=before)
     return encode_prompt(tokenizer, to_messages(problem), template)
 
 
 def _claim(
-    place: artifacts.epath.Path,
+    place: epath.Path,
     tokenizer: Tokenizer,
     task: Task,
     problems: Sequence[Problem],
@@ -267,5 +351,6 @@ def _figures(records: Sequence[dict[str, Any]]) -> dict[str, float]:
         "mean_score": sum(one["score"] for one in drawn) / max(len(drawn), 1),
         "finished": sum(one["finished"] for one in drawn) / max(len(drawn), 1),
         "solved": sum(record["chosen"] is not None for record in records),
+        "kept": sum(len(record["kept"]) for record in records),
         "pairs": sum(record["rejected"] is not None for record in records),
     }

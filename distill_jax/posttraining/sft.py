@@ -13,10 +13,8 @@ from distill_jax.models.llama import Remat
 from distill_jax.posttraining.chat import Example, Message, encode_chat
 from distill_jax.posttraining.conversations import Form, read_conversations, sources
 from distill_jax.posttraining.rows import Record, check_example, pack
+from distill_jax.posttraining.tasks import TASK
 from distill_jax.training import LossFn, language_model_loss
-
-DEMONSTRATIONS = "task"
-"""Stands for the right answers of the recipe's task among `SftConfig.data`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +35,7 @@ class SftConfig:
       z_loss: weight of the squared log-partition, which keeps logits from drifting; 0 is none.
     """
 
-    data: str | tuple[str, ...] = DEMONSTRATIONS
+    data: str | tuple[str, ...] = TASK
     form: Form = "auto"
     split: str = "train"
     bad_rows: BadRows = "refuse"
@@ -55,12 +53,12 @@ class SftConfig:
     @property
     def uses_task(self) -> bool:
         """Whether the right answers of the task are among the data."""
-        return DEMONSTRATIONS in sources(self.data)
+        return TASK in sources(self.data)
 
     @property
     def files(self) -> tuple[str, ...]:
         """The other sources."""
-        return tuple(source for source in sources(self.data) if source != DEMONSTRATIONS)
+        return tuple(source for source in sources(self.data) if source != TASK)
 
     def conversations(self, rejects: Rejects) -> Iterator[tuple[str, list[Message]]]:
         """Those of the files; see `read_conversations`."""

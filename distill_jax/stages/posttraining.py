@@ -29,7 +29,12 @@ def stages(run: Run) -> list[Stage]:
         REJECTION: ("sft", "replay", "rejection", "rejection_train"),
         DPO: ("rejection", "dpo", "dpo_train"),
     }
-    files = {SFT: config.sft.files, DPO: config.dpo.files}
+    files = {SFT: config.sft.files, REJECTION: config.rejection.files, DPO: config.dpo.files}
+    if config.rejection.function is not None:
+        files[REJECTION] += (config.rejection.function.rpartition(":")[0],)
+    judges: dict[str, tuple[str, ...]] = {}
+    if config.rejection.teacher is not None:
+        judges[REJECTION] = (context.teacher(config.rejection.teacher),)
     works = {SFT: _sft, REJECTION: _rejection, DPO: _dpo}
     made, start = [], context.student(run.recipe.seeds[0])
     for name in context.posttraining_stages(run.recipe):
@@ -38,7 +43,7 @@ def stages(run: Run) -> list[Stage]:
                 name=name,
                 command=name,
                 recipe=task | {part: described[part] for part in parts[name]},
-                inputs=(CORPUS, start),
+                inputs=(CORPUS, start, *judges.get(name, ())),
                 external={file: fingerprint_path(file) for file in files.get(name, ())},
                 work=functools.partial(works[name], run, config, start),
             )
@@ -47,10 +52,17 @@ def stages(run: Run) -> list[Stage]:
     return made
 
 
-def _problems(config: PostTrainingConfig) -> tuple[posttraining.Task, list[posttraining.Problem]]:
+# Names the samples of a recipe that has no task of its own.
+_FILES = posttraining.Task(
+    name="files", train=(), held_out=(), scorer=posttraining.VERIFIERS["text"]
+)
+
+
+def _task(config: PostTrainingConfig) -> posttraining.Task:
+    """The recipe's task, with as many of its problems as the recipe wants."""
     assert config.task is not None  # where it is needed; PostTrainingConfig checks that
     task = posttraining.load_task(config.task)
-    return task, list(task.train[: config.problems])
+    return dataclasses.replace(task, train=task.train[: config.problems])
 
 
 def _fine_tuning_rows(
@@ -101,7 +113,7 @@ def _sft(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) ->
     conversations: list[Any] = list(posttraining.read_examples(run.tokenizer, config.sft, rejects))
     figures = _used(place, rejects, len(conversations)) if config.sft.files else {}
     if config.sft.uses_task:
-        conversations += posttraining.demonstrations(_problems(config)[1])
+        conversations += posttraining.demonstrations(_task(config).train)
     rows = _fine_tuning_rows(run, config, conversations)
     loss_fn = sft_loss(config, model.config, run.mesh)
     return figures | _train(run, place, model, loss_fn, rows, config.sft_train)
@@ -111,9 +123,19 @@ def _rejection(
     run: Run, config: PostTrainingConfig, start: str, place: epath.Path
 ) -> dict[str, Any]:
     model = run.load(start)
-    task, problems = _problems(config)
-    figures = posttraining.write_samples(
-        place / "samples", model, run.tokenizer, task, problems, config.rejection
+    rejects = data.Rejects(config.rejection.bad_rows)
+    problems = list(
+        posttraining.read_problems(run.tokenizer, config.rejection, config.longest_answer, rejects)
+    )
+    figures: dict[str, Any] = {}
+    if config.rejection.files:
+        figures |= _used(place, rejects, len(problems))
+    judge = _judge(run, config)
+    task = _FILES if config.task is None else _task(config)
+    if config.rejection.asks_task:
+        problems += task.train
+    figures |= posttraining.write_samples(
+        place / "samples", model, run.tokenizer, task, problems, config.rejection, judge
     )
     records = posttraining.read_samples(place / "samples")
     examples = posttraining.chosen_examples(run.tokenizer, records, config.rejection.template)
@@ -125,13 +147,28 @@ def _rejection(
     rows = _fine_tuning_rows(run, config, examples)
     train = _given(config.rejection_train)
     loss_fn = _sft_loss(config, model.config, run.mesh, train)
-    return {**figures, **_train(run, place, model, loss_fn, rows, train)}
+    return figures | _train(run, place, model, loss_fn, rows, train)
+
+
+def _judge(run: Run, config: PostTrainingConfig) -> posttraining.Judge:
+    """What scores the answers."""
+    rejection = config.rejection
+    if rejection.teacher is not None:
+        teacher = run.load(context.teacher(rejection.teacher))
+        return posttraining.by_reward(
+            posttraining.log_likelihood(teacher, run.tokenizer, rejection.template)
+        )
+    if rejection.function is not None:
+        return posttraining.by_reward(posttraining.load_function(rejection.function))
+    if rejection.reward == posttraining.TASK:
+        return posttraining.by_program(_task(config).scorer)
+    return posttraining.by_program(posttraining.VERIFIERS[rejection.reward])
 
 
 def _dpo(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) -> dict[str, Any]:
     model = run.load(start)
     rejects, template = data.Rejects(config.dpo.bad_rows), config.rejection.template
-    pairs = list(posttraining.read_pairs(run.tokenizer, config.dpo, rejects, template))
+    pairs = list(posttraining.read_pairs(run.tokenizer, config.dpo, template, rejects))
     figures = _used(place, rejects, len(pairs)) if config.dpo.files else {}
     if config.dpo.uses_samples:
         pairs += _sampled_pairs(run, template)

@@ -1,8 +1,7 @@
 """What can be known to be wrong before any work begins."""
 
-import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -57,13 +56,16 @@ def check(recipe: Recipe) -> None:
     if not all(recipe.prompts):
         raise InputError("prompts: one is empty; there is nothing to continue")
     if recipe.posttraining is not None:
-        _check_posttraining(recipe.posttraining, tokenizer, small.context)
+        _check_posttraining(recipe.posttraining, recipe.teachers, tokenizer, small.context)
 
 
 def _check_posttraining(
-    config: PostTrainingConfig, tokenizer: data.Tokenizer | None, context: int
+    config: PostTrainingConfig,
+    teachers: Collection[str],
+    tokenizer: data.Tokenizer | None,
+    context: int,
 ) -> None:
-    """Its task, rows, template and files; without a tokenizer no more than can be known of them."""
+    """What can be known of its task, lengths, template, reward and files."""
     if config.task is not None:
         posttraining.load_task(config.task)
     for field, length in (("sft", config.sft.sequence_length), ("dpo", config.dpo.sequence_length)):
@@ -74,28 +76,19 @@ def _check_posttraining(
             )
     if tokenizer is not None:
         posttraining.end_of_turn(tokenizer, config.rejection.template)
-    rejects, sft = data.Rejects(config.sft.bad_rows), config.sft
-    read: Iterator[Any] = sft.conversations(rejects)
-    if tokenizer is not None:
-        read = posttraining.read_examples(tokenizer, sft, rejects)
-    _check_records("sft.data", sft.files, read, rejects)
-    if config.dpo_train is not None:
-        rejects, dpo = data.Rejects(config.dpo.bad_rows), config.dpo
-        read = posttraining.read_preferences(dpo, rejects)
-        if tokenizer is not None:
-            read = posttraining.read_pairs(tokenizer, dpo, rejects, config.rejection.template)
-        _check_records("dpo.pairs", dpo.files, read, rejects)
+    if config.rejection_train is not None:
+        _check_reward(config.rejection, teachers)
+    posttraining.check_files(config, tokenizer)
 
 
-def _check_records(
-    field: str, files: Sequence[str], read: Iterator[Any], rejects: data.Rejects
-) -> None:
-    """Reads every record if bad ones are refused, else until one can be used."""
-    if files and next(read, None) is None:
-        first = f"; the first: {rejects.messages[0]}" if rejects.messages else ""
-        raise InputError(f"posttraining.{field}: no record can be used{first}")
-    if rejects.refuses:
-        collections.deque(read, maxlen=0)
+def _check_reward(config: posttraining.RejectionConfig, teachers: Collection[str]) -> None:
+    if config.teacher is not None and config.teacher not in teachers:
+        raise InputError(
+            f"posttraining.rejection.reward: {config.teacher!r} is none of the teachers "
+            f"{', '.join(teachers)}"
+        )
+    if config.function is not None:
+        posttraining.load_function(config.function)
 
 
 def _check_objective(recipe: Recipe, field: str, vocab_size: int) -> None:

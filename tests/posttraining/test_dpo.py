@@ -183,7 +183,8 @@ def test_chunks_change_neither_values_nor_gradients(chunk):
 
 def test_pairs_come_from_samples_and_from_text(tokenizer):
     samples = [{"tokens": [301]}, {"tokens": [302]}, {"tokens": [303]}]
-    record = {"prompt": "Say a", "answer": "a", "samples": samples, "chosen": 2, "rejected": 0}
+    record = {"before": [], "prompt": "Say a", "answer": "a", "samples": samples}
+    record |= {"chosen": 2, "rejected": 0}
     messages = [{"role": "user", "content": "Say a"}]
     prompt = encode_prompt(tokenizer, messages)
     (pair,) = sampled_pairs(tokenizer, [record, {**record, "rejected": None}])

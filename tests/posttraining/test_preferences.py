@@ -94,7 +94,7 @@ def test_files_become_pairs_and_bad_rows_are_refused_or_skipped(tokenizer, tmp_p
     skipping = DpoConfig(pairs=(str(path), "samples"), bad_rows="skip", sequence_length=100)
     assert skipping.uses_samples
     rejects = Rejects(skipping.bad_rows)
-    assert list(read_pairs(tokenizer, skipping, rejects)) == [
+    assert list(read_pairs(tokenizer, skipping, None, rejects)) == [
         encode_pair(tokenizer, prompt or [SYSTEM, ASKED], "4", "5") for _, prompt in FORMS.values()
     ]
     assert len(rejects.messages) == len(BAD) + 1
@@ -102,4 +102,4 @@ def test_files_become_pairs_and_bad_rows_are_refused_or_skipped(tokenizer, tmp_p
     assert last in rejects.messages[-1]
     refusing = DpoConfig(pairs=str(path), sequence_length=100)
     with pytest.raises(InputError, match=rf"pairs\.jsonl: line {len(FORMS) + 1}: 'rejected' is"):
-        list(read_pairs(tokenizer, refusing, Rejects(refusing.bad_rows)))
+        list(read_pairs(tokenizer, refusing, None, Rejects(refusing.bad_rows)))

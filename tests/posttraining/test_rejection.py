@@ -44,19 +44,29 @@ def drawn(*scores: float, **changed) -> list[dict]:
 @pytest.mark.parametrize(
     ("samples", "expected"),
     [
-        (drawn(0.0, 1.0, 0.5), (1, 0)),
-        (drawn(0.5, 1.0, 0.0, 1.0, 0.0), (1, 2)),
-        (drawn(1.0, 1.0), (0, None)),
-        (drawn(0.9, 0.0), (None, None)),
-        (drawn(1.0, 0.0, finished=False), (None, None)),
-        (drawn(1.0, 0.0, text=" \n"), (None, None)),
-        ([*drawn(0.0, text=""), *drawn(1.0, 0.5)], (1, 2)),
-        ([*drawn(1.0), *drawn(0.0, finished=False)], (0, 1)),
-        ([], (None, None)),
+        (drawn(0.0, 1.0, 0.5), ([1], 1, 0)),
+        (drawn(0.5, 1.0, 0.0, 1.0, 0.0), ([1], 1, 2)),
+        (drawn(1.0, 1.0), ([0], 0, None)),
+        (drawn(0.9, 0.0), ([], None, None)),
+        (drawn(1.0, 0.0, finished=False), ([], None, None)),
+        (drawn(1.0, 0.0, text=" \n"), ([], None, None)),
+        ([*drawn(0.0, text=""), *drawn(1.0, 0.5)], ([1], 1, 2)),
+        ([*drawn(1.0), *drawn(0.0, finished=False)], ([0], 0, 1)),
+        ([], ([], None, None)),
+        # Several that are good enough: the best first, and each text once.
+        (
+            [*drawn(1.0, text="a"), *drawn(3.0, 0.0, text="b"), *drawn(1.0, text=" a ")],
+            ([1, 0], 1, 2),
+        ),
+        ([*drawn(1.0, text="a"), *drawn(3.0, text="b", finished=False)], ([0], 0, None)),
     ],
 )
 def test_the_best_is_chosen_and_the_worst_rejected(samples, expected):
     assert choose(samples, threshold=1.0) == expected
+
+
+def test_without_a_threshold_the_best_is_chosen_however_bad():
+    assert choose(drawn(-7.5, -2.0, -9.0), threshold=None) == ([1], 1, 2)
 
 
 @pytest.mark.slow
@@ -80,7 +90,8 @@ def test_samples_are_what_the_model_draws_for_their_seed(tokenizer, random_model
     assert alone.tokens[: len(one["tokens"])] == one["tokens"]
     assert one["text"] == tokenizer.decode(one["tokens"])
     assert one["score"] == score(one["text"], problem)
-    assert (record["chosen"], record["rejected"]) == choose(record["samples"], 0.5)
+    kept, chosen, rejected = choose(record["samples"], 0.5)
+    assert (record["kept"], record["chosen"], record["rejected"]) == (kept[:1], chosen, rejected)
 
 
 def test_samples_of_a_problem_read_its_prompt_once(tokenizer, random_model, monkeypatch):
@@ -100,13 +111,15 @@ def test_samples_of_a_problem_read_its_prompt_once(tokenizer, random_model, monk
 
 def test_chosen_answers_keep_their_tokens_and_learn_to_end(tokenizer):
     record = {
+        "before": [],
         "prompt": "Say a",
         "answer": "a",
         "samples": [{"tokens": [301, 302]}, {"tokens": [300]}],
-        "chosen": 0,
-        "rejected": None,
+        "kept": [0],
     }
-    (example,) = chosen_examples(tokenizer, [record, {**record, "chosen": None}])
+    (example,) = chosen_examples(tokenizer, [record, {**record, "kept": []}])
+    first, second = chosen_examples(tokenizer, [{**record, "kept": [1, 0]}])
+    assert (first.tokens[-2], second) == (300, example)
     prompt = encode_prompt(tokenizer, to_messages(PROBLEMS[0]))
     assert example.tokens == [*prompt, 301, 302, end_of_turn(tokenizer)]
     assert example.where == [False] * len(prompt) + [True] * 3
@@ -187,7 +200,7 @@ def test_damaged_or_missing_samples_are_named(tmp_path):
     with pytest.raises(InputError, match=r"samples\.jsonl: no such file"):
         read_samples(tmp_path)
     (tmp_path / "samples.jsonl").write_text('{"a": 1}\n{"a"')
-    with pytest.raises(InputError, match="line 2 is not JSON"):
+    with pytest.raises(InputError, match="line 2: not JSON"):
         read_samples(tmp_path)
 
 
@@ -211,8 +224,42 @@ def test_accuracy_is_the_mean_score(tokenizer, monkeypatch, rows_per_batch):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("samples", 0), ("temperature", 0.0), ("top_p", 1.5), ("top_p", 0.0)]
+    ("field", "value"),
+    [
+        ("samples", 0),
+        ("temperature", 0.0),
+        ("top_p", 1.5),
+        ("top_p", 0.0),
+        ("reward", "nonsense"),
+        ("keep", "none"),
+    ],
 )
 def test_a_config_that_cannot_sample_is_refused(field, value):
-    with pytest.raises(InputError, match=f"RejectionConfig.{field} is {value}"):
+    with pytest.raises(InputError, match=rf"{field} is '?{value}"):
         RejectionConfig(**{field: value})
+
+
+def test_a_reward_may_take_the_place_of_the_task(tokenizer, monkeypatch):
+    monkeypatch.setattr(rejection, "answer", fake_answer)
+    config = RejectionConfig(samples=4, keep="all", threshold=3.0)
+
+    def judge(problems, completions):
+        assert [problem.prompt for problem in problems] == ["Say a"] * 4 + ["Say b"] * 4
+        return list(map(float, completions))
+
+    for record in rejection.sample(None, tokenizer, TASK, PROBLEMS[:2], config, judge):
+        scores = [float(one["text"]) for one in record["samples"]]
+        assert [one["score"] for one in record["samples"]] == scores
+        good = {one["text"] for one in record["samples"] if one["finished"] and one["score"] >= 3}
+        kept = [record["samples"][index]["text"] for index in record["kept"]]
+        assert kept == sorted(good, key=float, reverse=True)
+    with pytest.raises(InputError, match=r"reward task: the score of '\d' to 'Say a' is nan"):
+        rejection.sample(
+            None, tokenizer, TASK, PROBLEMS[:1], config, lambda *_: [1.0, float("nan"), 0, 0]
+        )
+
+
+def test_a_threshold_that_no_log_probability_reaches_is_refused():
+    RejectionConfig(reward="teacher:large", threshold=None)
+    with pytest.raises(InputError, match=r"threshold is 1\.0, and no log-probability is above 0"):
+        RejectionConfig(reward="teacher:large")

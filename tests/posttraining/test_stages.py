@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 
 from distill_jax import models, stages
 from distill_jax.artifacts import InputError
-from distill_jax.posttraining import encode_pair
+from distill_jax.posttraining import answers, encode_pair, read_samples, rejection
 from distill_jax.recipe import Recipe, TokenizerConfig, load_recipe
 from distill_jax.stages import context, posttraining, preflight
 from distill_jax.training import read_metrics
@@ -195,3 +195,67 @@ def test_preferences_of_a_file_are_learnt_after_fine_tuning(run, tokenizer, tmp_
     pairs.write_text(json.dumps(record | {"chosen": "5 or 6"}))
     with pytest.raises(InputError, match=r"dpo\.pairs: no record can be used; the first: .*same"):
         preflight.check(recipe)
+
+
+def test_questions_of_a_file_are_judged_by_a_function_of_ones_own(
+    run, tokenizer, tmp_path, monkeypatch
+):
+    asked, code = tmp_path / "asked.jsonl", tmp_path / "mine.py"
+    asked.write_text("\n".join(conversation(f"{a} + 3?", str(a + 3)) for a in range(3)))
+    code.write_text(
+        "def near(prompts, completions, references):\n"
+        "    assert all(len(messages) == 1 for messages in prompts)\n"
+        "    pairs = zip(completions, references, strict=True)\n"
+        "    return [-abs(float(said) - float(right)) for said, right in pairs]\n"
+    )
+
+    def answer(model, tokenizer, problems, *, seeds, **_):
+        drawn = [str(seed % 10) for seed in seeds]
+        return [answers.Answer(text, tokenizer.encode(text), -1.0, True) for text in drawn]
+
+    monkeypatch.setattr(rejection, "answer", answer)
+    recipe = alone(
+        f"sft.data={asked}",
+        f"rejection.prompts={asked}",
+        f"rejection.reward={code}:near",
+        "rejection.threshold=-2",
+        "rejection.keep=all",
+    )
+    train = recipe.posttraining.sft_train
+    config = dataclasses.replace(recipe.posttraining, rejection_train=train)
+    recipe = dataclasses.replace(recipe, posttraining=config)
+    preflight.check(recipe)
+    made = works(run(recipe))
+    place, stage = made[context.REJECTION]
+    assert stage.external.keys() == {str(asked), str(code)}
+    models.save(tmp_path / context.SFT, models.load(tmp_path / context.student(0)))
+    figures = stage.work(place)
+    records = read_samples(place / "samples")
+    assert [record["prompt"] for record in records] == [f"{a} + 3?" for a in range(3)]
+    kept = 0
+    for record in records:
+        for one in record["samples"]:
+            assert one["score"] == -abs(int(one["text"]) - int(record["answer"]))
+        kept += len({one["text"] for one in record["samples"] if one["score"] >= -2})
+    assert (figures["used"], figures["kept"]) == (3, kept)
+    assert kept > 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reward=teacher:nobody", r"rejection\.reward: 'nobody' is none of the teachers large"),
+        ("reward=nowhere.py:f", r"nowhere\.py: no such file"),
+        ("prompts=nowhere.jsonl", r"rejection\.reward: the task's cannot score files"),
+    ],
+)
+def test_a_reward_that_is_not_there_is_told_before_any_work(override, message):
+    with pytest.raises(InputError, match=message):
+        preflight.check(recipe_of("rejection.threshold=null", f"rejection.{override}"))
+
+
+def test_a_teacher_that_judges_must_be_there_first(run):
+    recipe = recipe_of("rejection.reward=teacher:small", "rejection.threshold=null")
+    preflight.check(recipe)
+    _, stage = works(run(recipe))[context.REJECTION]
+    assert stage.inputs == (context.CORPUS, context.SFT, "teachers/small")

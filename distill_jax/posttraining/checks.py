@@ -1,0 +1,56 @@
+"""Reads a recipe's files through before any work begins."""
+
+import collections
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from distill_jax.artifacts import InputError
+from distill_jax.data import Rejects, Tokenizer
+from distill_jax.posttraining.config import PostTrainingConfig
+from distill_jax.posttraining.preferences import read_pairs, read_preferences
+from distill_jax.posttraining.prompts import read_problems
+from distill_jax.posttraining.sft import read_examples
+
+Reader = Callable[[Rejects], Iterator[Any]]
+
+
+def check_files(config: PostTrainingConfig, tokenizer: Tokenizer | None) -> None:
+    """Reads every record that a stage will; where bad ones are skipped, until one can be used.
+
+    Args:
+      config: names the files.
+      tokenizer: the model's; None, where it is yet to be trained, leaves lengths unchecked.
+
+    Raises:
+      InputError: a record is refused, or none of a stage's can be used.
+    """
+
+    def conversations(rejects: Rejects) -> Iterator[Any]:
+        if tokenizer is None:
+            return config.sft.conversations(rejects)
+        return read_examples(tokenizer, config.sft, rejects)
+
+    def problems(rejects: Rejects) -> Iterator[Any]:
+        return read_problems(tokenizer, config.rejection, config.longest_answer, rejects)
+
+    def pairs(rejects: Rejects) -> Iterator[Any]:
+        if tokenizer is None:
+            return read_preferences(config.dpo, rejects)
+        return read_pairs(tokenizer, config.dpo, config.rejection.template, rejects)
+
+    for field, part, train, read in (
+        ("sft.data", config.sft, config.sft_train, conversations),
+        ("rejection.prompts", config.rejection, config.rejection_train, problems),
+        ("dpo.pairs", config.dpo, config.dpo_train, pairs),
+    ):
+        if train is not None and part.files:
+            _check(field, read, Rejects(part.bad_rows))
+
+
+def _check(field: str, read: Reader, rejects: Rejects) -> None:
+    found = read(rejects)
+    if next(found, None) is None:
+        first = f"; the first: {rejects.messages[0]}" if rejects.messages else ""
+        raise InputError(f"posttraining.{field}: no record can be used{first}")
+    if rejects.refuses:
+        collections.deque(found, maxlen=0)

@@ -1,0 +1,146 @@
+"""Rewards: how good an answer is, by a program, a model, or a function of the user's own."""
+
+import math
+import os
+import re
+import runpy
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from distill_jax import parallel
+from distill_jax.artifacts import InputError, resolve
+from distill_jax.data import Tokenizer
+from distill_jax.models import Model
+from distill_jax.posttraining.chat import Example, Message, encode_prompt, end_of_turn
+from distill_jax.posttraining.log_probs import sequence_log_probs
+from distill_jax.posttraining.rows import to_record
+from distill_jax.posttraining.tasks import Problem, Scorer, score_number, score_text, to_messages
+
+Reward = Callable[[Sequence[Sequence[Message]], Sequence[str], Sequence[str]], Sequence[float]]
+"""(prompts, completions, references) -> scores, higher is better; one of each an answer.
+
+A prompt is the conversation that waits for an answer; a reference is the right answer as the data
+have it, or "" where they have none.
+"""
+
+Judge = Callable[[Sequence[Problem], Sequence[str]], Sequence[float]]
+"""(problems, completions) -> scores, one of each an answer."""
+
+
+def exact(completion: str, problem: Problem) -> float:
+    """1 if the answer is the right one to the letter, but for space around it."""
+    return float(completion.strip() == problem.answer.strip())
+
+
+def matches(completion: str, problem: Problem) -> float:
+    """1 if the regular expression that stands for the right answer is found in the answer."""
+    return float(re.search(problem.answer, completion) is not None)
+
+
+VERIFIERS: Mapping[str, Scorer] = {
+    "exact": exact,
+    "text": score_text,
+    "number": score_number,
+    "regex": matches,
+}
+"""Programs that compare an answer with its reference, by the name a recipe gives them."""
+
+
+def by_program(scorer: Scorer) -> Judge:
+    """Judges every answer by itself."""
+    return lambda problems, completions: list(map(scorer, completions, problems))
+
+
+def by_reward(reward: Reward) -> Judge:
+    """Judges all answers at once, knowing of a problem its conversation and its reference."""
+    return lambda problems, completions: reward(
+        [to_messages(problem) for problem in problems],
+        list(completions),
+        [problem.answer for problem in problems],
+    )
+
+
+def load_function(name: str) -> Reward:
+    """The function that `name`, "path/to/file.py:function", stands for.
+
+    Raises:
+      InputError: there is no such file or function, or the file fails.
+    """
+    path, _, function = name.rpartition(":")
+    try:
+        found = runpy.run_path(os.fspath(resolve(path))).get(function)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise InputError(f"{path}: has no function {function!r}")
+    return found
+
+
+def log_likelihood(
+    model: Model, tokenizer: Tokenizer, template: str | None = None, *, rows_per_batch: int = 8
+) -> Reward:
+    """How likely a model, a teacher, finds an answer: the mean of log p over its tokens.
+
+    The end of the turn is one of them. Answers are tokenised anew.
+    """
+    end = end_of_turn(tokenizer, template)
+
+    @jax.jit
+    def sums(params, batch):
+        return sequence_log_probs(model.config, params, batch)
+
+    def reward(
+        prompts: Sequence[Sequence[Message]], completions: Sequence[str], references: Sequence[str]
+    ) -> list[float]:
+        del references
+        examples = []
+        for messages, completion in zip(prompts, completions, strict=True):
+            prompt = encode_prompt(tokenizer, messages, template)
+            answer = [*tokenizer.encode(completion), end]
+            where = [False] * len(prompt) + [True] * len(answer)
+            examples.append(Example([*prompt, *answer], where))
+        # Few lengths and one number of rows, so that little is compiled.
+        length = 1 << max(len(example.tokens) - 1 for example in examples).bit_length()
+        scores: list[float] = []
+        for start in range(0, len(examples), rows_per_batch):
+            part = examples[start : start + rows_per_batch]
+            filled = [*part, *[part[-1]] * (rows_per_batch - len(part))]
+            rows = [to_record([example], length) for example in filled]
+            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            found = parallel.to_host(sums(model.params, batch))
+            scores += [
+                float(total) / sum(example.where)
+                for total, example in zip(found, part, strict=False)
+            ]
+        return scores
+
+    return reward
+
+
+def judge(
+    name: str, of: Judge, problems: Sequence[Problem], completions: Sequence[str]
+) -> list[float]:
+    """The scores that a judge, called `name`, gives to answers, one a problem.
+
+    Raises:
+      InputError: it fails, or gives other than one finite number an answer; the message has its
+        name.
+    """
+    try:
+        scores = [float(one) for one in of(problems, completions)]
+    except InputError:
+        raise
+    except Exception as error:  # a user's function
+        raise InputError(f"reward {name}: {type(error).__name__}: {error}") from error
+    if len(scores) != len(problems):
+        raise InputError(f"reward {name}: {len(scores)} scores of {len(problems)} answers")
+    for one, problem, completion in zip(scores, problems, completions, strict=True):
+        if not math.isfinite(one):
+            raise InputError(
+                f"reward {name}: the score of {completion!r} to {problem.prompt!r} is {one}"
+            )
+    return scores
