@@ -63,8 +63,9 @@ _STAGE_HELP = {
     "rounds": "cut and train on the way to the student's size, where the recipe says so",
     "prune": "importance -> plan -> surgery -> repair",
     "distill": "train the students, and the controls, from the stored targets",
-    "sft": "fine-tune on demonstrations",
-    "rejection-sample": "sample answers, let a verifier pick, fine-tune on the best",
+    "sft": "fine-tune on demonstrations, or conversations of your own",
+    "reward-model": "train a judge of answers on preference pairs, where the recipe says so",
+    "rejection-sample": "sample answers, let a reward pick, fine-tune on the best",
     "dpo": "prefer right answers to wrong ones",
     "evaluate": "measure every model",
     "export": "write the last model as a Hugging Face folder",
@@ -378,11 +379,8 @@ def _describe(place: epath.Path) -> dict[str, Any]:
     if (place / pipeline.MANIFEST).exists():
         return pipeline.read_manifest(place)
     config = models.load_config(os.fspath(place))
-    sizes = {
-        "parameters": config.parameters,
-        "non_embedding_parameters": config.non_embedding_parameters,
-    }
-    return {**sizes, "shape": config.to_json()}
+    sizes = ("parameters", "non_embedding_parameters")
+    return {name: getattr(config, name) for name in sizes} | {"shape": config.to_json()}
 
 
 def _verify(options: argparse.Namespace) -> dict[str, Any]:

@@ -245,6 +245,34 @@ def test_post_training_replays_text_and_keeps_its_template(whole):
         assert data.load_tokenizer(whole / stage).chat_template == posttraining.CHATML
 
 
+def test_ones_own_conversations_and_preferences_are_learnt_by_the_command_line(
+    whole, tmp_path, capsys
+):
+    run, chats, pairs = tmp_path / "run", tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl"
+    for name in ("corpus", "teachers", "targets", "prune", "distill"):
+        shutil.copytree(whole / name, run / name)
+    asked = {"instruction": "Which is larger, 3 or 9?", "output": "9"}
+    chats.write_text("\n".join(map(json.dumps, [asked, {**asked, "output": ""}])))
+    pair = {"prompt": "Which is larger, 3 or 9?", "chosen": "9", "rejected": "3"}
+    pairs.write_text(json.dumps(pair))
+    settings = ("task=null", "rejection_train=null", "sft_train.steps=2", "dpo_train.steps=2")
+    settings += (f"sft.data={chats}", f"dpo.pairs={pairs}")
+    command = [str(CONFIG), "--set=size=test", "--out", str(run), "--json"]
+    command += [f"--set=posttraining.{setting}" for setting in settings]
+    assert cli.main(["sft", *command]) == 2
+    refusal = capsys.readouterr().err.splitlines()
+    assert refusal == [f"distill-jax: error: {chats}: line 2: output: empty"]
+    assert not (run / "sft").exists()
+    command.append("--set=posttraining.sft.bad_rows=skip")
+    for stage in ("sft", "dpo"):
+        assert cli.main([stage, *command]) == 0
+        (printed,) = capsys.readouterr().out.splitlines()
+        figures = json.loads(printed)["stages"][stage]
+        assert (figures["used"], figures["skipped"]) == (1, stage == "sft")
+    assert cli.main(["reward-model", *command]) == 2
+    assert "the recipe has no stage 'reward-model'" in capsys.readouterr().err
+
+
 def test_the_report_lists_the_stages_of_its_own_recipe(whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
     shutil.copytree(run / "distill" / "seed-0", run / "distill" / "seed-77")

@@ -40,7 +40,14 @@ from distill_jax.losses.policy import (
     minillm_advantages,
     mix_log_probs,
 )
-from distill_jax.losses.preference import dpo, ipo, robust_dpo, sequence_nll, sum_log_probs
+from distill_jax.losses.preference import (
+    bradley_terry,
+    dpo,
+    ipo,
+    robust_dpo,
+    sequence_nll,
+    sum_log_probs,
+)
 from distill_jax.losses.reduction import Totals, reduce
 from distill_jax.losses.sharded import fused_linear_of_shares, sharded_fused_linear
 from distill_jax.losses.targets import SampledTargets, Teacher, TopKTargets
@@ -73,6 +80,7 @@ __all__ = [
     "adaptive_kl",
     "agreement",
     "alpha_beta_divergence",
+    "bradley_terry",
     "clipped_surrogate",
     "cross_entropy",
     "default_chunk",

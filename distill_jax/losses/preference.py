@@ -1,7 +1,8 @@
 """Losses on pairs of answers, of which one is preferred.
 
-All take log-probabilities of whole answers, [B], as `sum_log_probs` sums them, and return a
-float32 loss [B] and these terms [B], which carry no gradient:
+`bradley_terry` takes scores. All others take log-probabilities of whole answers, [B], as
+`sum_log_probs` sums them, and return a float32 loss [B] and these terms [B], which carry no
+gradient:
 
 - "chosen_reward", "rejected_reward": beta (log pi - log pi_ref) of either answer;
 - "reward_margin": the difference of the two; "reward_accuracy": 1 where it is above 0, else 0.
@@ -151,6 +152,39 @@ def ipo(
         beta,
     )
     return jnp.square((margin - 0.5) / beta), terms
+
+
+def bradley_terry(
+    chosen_score_B: jax.Array, rejected_score_B: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """-log sigmoid(r_chosen - r_rejected): what trains a reward model on pairs.
+
+    The likelihood of Bradley and Terry (1952) that the chosen answer is preferred, as InstructGPT
+    has it (Ouyang et al. 2022, equation 1) and Llama 3 (section 4.1.2), without a margin. Scores
+    are known but for a constant.
+
+    Args:
+      chosen_score_B: [B], score of the chosen answer.
+      rejected_score_B: [B], score of the rejected one.
+
+    Returns:
+      float32 loss [B] and these terms [B], which carry no gradient: "chosen_score",
+      "rejected_score", "score_margin" and "score_accuracy", 1 where the margin is above 0, else 0.
+
+    Raises:
+      ValueError: shapes that differ.
+    """
+    check_same_shape(chosen_score_B=chosen_score_B, rejected_score_B=rejected_score_B)
+    chosen, rejected = (
+        jnp.asarray(score, jnp.float32) for score in (chosen_score_B, rejected_score_B)
+    )
+    terms = {
+        "chosen_score": chosen,
+        "rejected_score": rejected,
+        "score_margin": chosen - rejected,
+        "score_accuracy": (chosen > rejected).astype(jnp.float32),
+    }
+    return -jax.nn.log_sigmoid(chosen - rejected), jax.lax.stop_gradient(terms)
 
 
 _Answer = tuple[jax.Array, jax.Array, jax.Array | None]  # policy, reference, length

@@ -1,4 +1,4 @@
-"""Post-training: chat templates, SFT, rejection sampling against verifiable tasks, DPO."""
+"""Post-training: chat templates, SFT, reward models, rejection sampling, DPO."""
 
 from distill_jax.posttraining.answers import Answer, accuracy, answer
 from distill_jax.posttraining.chat import (
@@ -20,16 +20,15 @@ from distill_jax.posttraining.conversations import (
     to_conversation,
     to_problem,
 )
-from distill_jax.posttraining.dpo import (
-    DpoConfig,
+from distill_jax.posttraining.dpo import DpoConfig, dpo_loss, with_reference
+from distill_jax.posttraining.log_probs import label_log_probs, sequence_log_probs
+from distill_jax.posttraining.pairs import (
     Pair,
-    dpo_loss,
+    PairConfig,
     encode_pair,
     pair_rows,
     sampled_pairs,
-    with_reference,
 )
-from distill_jax.posttraining.log_probs import label_log_probs, sequence_log_probs
 from distill_jax.posttraining.preferences import (
     Preference,
     read_pairs,
@@ -38,6 +37,7 @@ from distill_jax.posttraining.preferences import (
 )
 from distill_jax.posttraining.prompts import read_problems
 from distill_jax.posttraining.rejection import (
+    REWARD_MODEL,
     Choice,
     RejectionConfig,
     choose,
@@ -45,6 +45,13 @@ from distill_jax.posttraining.rejection import (
     read_samples,
     sample,
     write_samples,
+)
+from distill_jax.posttraining.reward_model import (
+    RewardModelConfig,
+    preference_accuracy,
+    reward_loss,
+    reward_of,
+    reward_token,
 )
 from distill_jax.posttraining.rewards import (
     VERIFIERS,
@@ -71,6 +78,7 @@ __all__ = [
     "CHATML",
     "CHATML_SPECIALS",
     "LLAMA3",
+    "REWARD_MODEL",
     "TASK",
     "TASKS",
     "VERIFIERS",
@@ -81,12 +89,14 @@ __all__ = [
     "Judge",
     "Message",
     "Pair",
+    "PairConfig",
     "PostTrainingConfig",
     "Preference",
     "Problem",
     "Record",
     "RejectionConfig",
     "Reward",
+    "RewardModelConfig",
     "SftConfig",
     "Task",
     "accuracy",
@@ -109,6 +119,7 @@ __all__ = [
     "log_likelihood",
     "pack",
     "pair_rows",
+    "preference_accuracy",
     "read_conversations",
     "read_examples",
     "read_pairs",
@@ -116,6 +127,9 @@ __all__ = [
     "read_problems",
     "read_samples",
     "render",
+    "reward_loss",
+    "reward_of",
+    "reward_token",
     "sample",
     "sampled_pairs",
     "sequence_log_probs",

@@ -1,12 +1,14 @@
 """Reads a recipe's files through before any work begins."""
 
 import collections
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from distill_jax.artifacts import InputError
 from distill_jax.data import Rejects, Tokenizer
 from distill_jax.posttraining.config import PostTrainingConfig
+from distill_jax.posttraining.pairs import PairConfig
 from distill_jax.posttraining.preferences import read_pairs, read_preferences
 from distill_jax.posttraining.prompts import read_problems
 from distill_jax.posttraining.sft import read_examples
@@ -33,15 +35,18 @@ def check_files(config: PostTrainingConfig, tokenizer: Tokenizer | None) -> None
     def problems(rejects: Rejects) -> Iterator[Any]:
         return read_problems(tokenizer, config.rejection, config.longest_answer, rejects)
 
-    def pairs(rejects: Rejects) -> Iterator[Any]:
+    def pairs(part: PairConfig, rejects: Rejects) -> Iterator[Any]:
         if tokenizer is None:
-            return read_preferences(config.dpo, rejects)
-        return read_pairs(tokenizer, config.dpo, config.rejection.template, rejects)
+            return read_preferences(part, rejects)
+        return read_pairs(tokenizer, part, config.rejection.template, rejects)
 
+    reward_pairs = functools.partial(pairs, config.reward_model)
+    dpo_pairs = functools.partial(pairs, config.dpo)
     for field, part, train, read in (
         ("sft.data", config.sft, config.sft_train, conversations),
+        ("reward_model.pairs", config.reward_model, config.reward_train, reward_pairs),
         ("rejection.prompts", config.rejection, config.rejection_train, problems),
-        ("dpo.pairs", config.dpo, config.dpo_train, pairs),
+        ("dpo.pairs", config.dpo, config.dpo_train, dpo_pairs),
     ):
         if train is not None and part.files:
             _check(field, read, Rejects(part.bad_rows))

@@ -4,7 +4,8 @@ import dataclasses
 
 from distill_jax.artifacts import InputError
 from distill_jax.posttraining.dpo import DpoConfig
-from distill_jax.posttraining.rejection import RejectionConfig
+from distill_jax.posttraining.rejection import REWARD_MODEL, RejectionConfig
+from distill_jax.posttraining.reward_model import RewardModelConfig
 from distill_jax.posttraining.sft import SftConfig
 from distill_jax.posttraining.tasks import TASK, TASKS
 from distill_jax.training import TrainConfig
@@ -24,6 +25,9 @@ class PostTrainingConfig:
         any, a small model forgets the text while it learns to answer (Ibrahim et al., 2024). Every
         token of the text is learnt, and only answers of the others: of the loss it is far more.
         Rows of both must be of one length.
+      reward_model: what a reward model learns from.
+      reward_train: how it goes; None leaves it out. It starts from the model that SFT left, and is
+        the reward of rejection sampling if `rejection.reward` is "reward_model".
       rejection: how answers are drawn and chosen.
       rejection_train: fine-tuning on the chosen answers; None leaves rejection sampling out.
       dpo: pairs and loss of preference optimisation.
@@ -35,18 +39,12 @@ class PostTrainingConfig:
     sft: SftConfig = SftConfig()
     sft_train: TrainConfig
     replay: float = 0.0
+    reward_model: RewardModelConfig = RewardModelConfig()
+    reward_train: TrainConfig | None = None
     rejection: RejectionConfig = RejectionConfig()
     rejection_train: TrainConfig | None = None
     dpo: DpoConfig = DpoConfig()
     dpo_train: TrainConfig | None = None
-
-    @property
-    def longest_answer(self) -> int:
-        """Tokens that a question and a sampled answer may have, so that all stages can learn it."""
-        lengths = [self.sft.sequence_length]
-        if self.dpo_train is not None and self.dpo.uses_samples:
-            lengths.append(self.dpo.sequence_length)
-        return min(lengths)
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
@@ -54,6 +52,7 @@ class PostTrainingConfig:
         for field, data in (
             ("sft.data", self.sft.data),
             ("rejection.prompts", self.rejection.prompts),
+            ("reward_model.pairs", self.reward_model.pairs),
             ("dpo.pairs", self.dpo.pairs),
         ):
             if not data:
@@ -65,9 +64,21 @@ class PostTrainingConfig:
             raise InputError("posttraining.rejection.prompts: need those of posttraining.task")
         if samples and self.rejection.files and self.rejection.reward == TASK:
             raise InputError("posttraining.rejection.reward: the task's cannot score files")
+        if samples and self.rejection.reward == REWARD_MODEL and self.reward_train is None:
+            raise InputError("posttraining.rejection.reward: needs the model of reward_train")
+        if self.reward_train is not None and self.reward_model.uses_samples:
+            raise InputError("posttraining.reward_model.pairs: name files; nothing is sampled yet")
         if self.dpo_train is not None and self.dpo.uses_samples and not samples:
             raise InputError("posttraining.dpo.pairs: needs the samples of rejection_train")
         if self.sft.template != self.rejection.template:
             raise InputError("posttraining: sft.template and rejection.template differ")
         if not 0 <= self.replay < 1:
             raise InputError(f"posttraining.replay is {self.replay}; it must be in [0, 1)")
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens that a question and a sampled answer may have, so that all stages can learn it."""
+        lengths = [self.sft.sequence_length]
+        if self.dpo_train is not None and self.dpo.uses_samples:
+            lengths.append(self.dpo.sequence_length)
+        return min(lengths)

@@ -2,13 +2,12 @@
 
 Two changes against the original: the tokens of headers and of the end of a turn count in neither
 answer, and the negative log-likelihood of the chosen answer is added, by token (Pang et al. 2024).
-A config may choose one of its variants.
 The starting model's log-probabilities are computed once and stored beside the pairs.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +17,12 @@ from jax.sharding import Mesh
 
 from distill_jax import losses, parallel, progress
 from distill_jax.artifacts import InputError, check_choices
-from distill_jax.data import BadRows, Tokenizer
 from distill_jax.models import LlamaConfig, Model, Reading
 from distill_jax.models.llama import Remat
-from distill_jax.posttraining.chat import Example, Message, encode_prompt
-from distill_jax.posttraining.conversations import sources
 from distill_jax.posttraining.log_probs import sequence_log_probs
-from distill_jax.posttraining.rejection import encode_record
-from distill_jax.posttraining.rows import Record, to_record
+from distill_jax.posttraining.pairs import ROW, PairConfig
+from distill_jax.posttraining.rows import Record
 from distill_jax.training import LossFn, loss_of_rows
-
-SAMPLES = "samples"
-"""Stands for the pairs of rejection sampling among `DpoConfig.pairs`."""
 
 PreferenceLoss = Literal["dpo", "robust_dpo", "ipo"]
 """A function of `distill_jax.losses`."""
@@ -39,21 +32,12 @@ _LOSSES: Mapping[PreferenceLoss, Any] = {
     "ipo": losses.ipo,
 }
 
-_ROW = ("tokens", "segment_ids", "labels", "where")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DpoConfig:
-    """Which pairs, how they become rows, and what is minimised on them.
+class DpoConfig(PairConfig):
+    """Which pairs, see `PairConfig`, and what is minimised on them.
 
     Attributes:
-      pairs: where they come from, one source or several: a file, a folder or a TFDS dataset as
-        `data.read_records` takes it, `gs://` too, with the fields of `to_preference`; "samples" is
-        the best and the worst of what rejection sampling drew.
-      split: of sources that are TFDS datasets.
-      bad_rows: whether a record that cannot be used (not JSON, a field missing, an empty answer,
-        twice the same, longer than a row) is refused, or skipped and counted.
-      sequence_length: tokens of a row; a row holds one answer with its prompt.
       loss: "dpo"; "robust_dpo" (Chowdhury et al. 2024), unbiased where a share `label_smoothing`
         of the pairs is the wrong way round; "ipo" (Azar et al. 2023), which ends at a margin.
       label_smoothing: of "dpo" (conservative DPO, Mitchell 2023) and "robust_dpo", in [0, 0.5).
@@ -64,10 +48,6 @@ class DpoConfig:
       chunk: tokens whose logits are held at a time.
     """
 
-    pairs: str | tuple[str, ...] = SAMPLES
-    split: str = "train"
-    bad_rows: BadRows = "refuse"
-    sequence_length: int = 256
     loss: PreferenceLoss = "dpo"
     label_smoothing: float = 0.0
     length_normalised: bool = False
@@ -76,113 +56,20 @@ class DpoConfig:
     chunk: int = 1024
 
     def __post_init__(self) -> None:
-        check_choices(self, {"loss": PreferenceLoss, "bad_rows": BadRows})
+        super().__post_init__()
+        check_choices(self, {"loss": PreferenceLoss})
         if not 0 <= self.label_smoothing < 0.5:
             raise InputError(
                 f"DpoConfig.label_smoothing is {self.label_smoothing}; it must be in [0, 0.5)"
             )
         if self.label_smoothing and self.loss == "ipo":
             raise InputError("DpoConfig.label_smoothing: ipo has none")
-        if self.sequence_length < 2:
-            raise InputError(f"DpoConfig.sequence_length is {self.sequence_length}; at least 2")
         if self.beta <= 0:
             raise InputError(f"DpoConfig.beta is {self.beta}; it must be positive")
         if self.nll_weight < 0:
             raise InputError(f"DpoConfig.nll_weight is {self.nll_weight}; it must not be negative")
         if self.chunk < 1:
             raise InputError(f"DpoConfig.chunk is {self.chunk}; at least 1")
-
-    @property
-    def uses_samples(self) -> bool:
-        """Whether what rejection sampling drew is among the pairs."""
-        return SAMPLES in sources(self.pairs)
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The other sources."""
-        return tuple(source for source in sources(self.pairs) if source != SAMPLES)
-
-
-class Pair(NamedTuple):
-    """A prompt and two answers to it, in tokens; the answers without the end of the turn."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-
-
-def sampled_pairs(
-    tokenizer: Tokenizer, records: Sequence[dict[str, Any]], template: str | None = None
-) -> list[Pair]:
-    """The best and the worst answer to each problem that has both, from `rejection.sample`."""
-    return [
-        Pair(
-            encode_record(tokenizer, record, template),
-            record["samples"][record["chosen"]]["tokens"],
-            record["samples"][record["rejected"]]["tokens"],
-        )
-        for record in records
-        if record["rejected"] is not None
-    ]
-
-
-def encode_pair(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    chosen: str,
-    rejected: str,
-    template: str | None = None,
-) -> Pair:
-    """A pair from text: a conversation that waits for an answer, and two answers."""
-    prompt = encode_prompt(tokenizer, messages, template)
-    return Pair(prompt, tokenizer.encode(chosen), tokenizer.encode(rejected))
-
-
-def pair_rows(
-    pairs: Sequence[Pair], config: DpoConfig = DpoConfig(), *, pad_id: int = 0
-) -> list[Record]:
-    """Pairs as records of arrays [2, T], the chosen answer first: the fields of `rows.pack`.
-
-    Raises:
-      InputError: an answer is empty, both are the same, or a prompt and its answer are longer
-        than a row; the message has the pair's number.
-    """
-    records = []
-    for index, pair in enumerate(pairs):
-        try:
-            check_pair(pair, config.sequence_length)
-        except InputError as error:
-            raise InputError(f"pair {index}: {error}") from error
-        halves = [
-            to_record([_example(pair.prompt, answer)], config.sequence_length, pad_id=pad_id)
-            for answer in (pair.chosen, pair.rejected)
-        ]
-        records.append({name: np.stack([half[name] for half in halves]) for name in _ROW})
-    return records
-
-
-def check_pair(pair: Pair, sequence_length: int) -> None:
-    """Checks that both answers of a pair fit in a row behind their prompt, and teach something.
-
-    Raises:
-      InputError: an answer or the prompt is empty, both answers are the same, or one is too long.
-    """
-    if not pair.prompt:
-        raise InputError("the prompt is empty")
-    if pair.chosen == pair.rejected:
-        raise InputError("chosen and rejected are the same")
-    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if not answer:
-            raise InputError(f"the {name} answer is empty")
-        length = len(pair.prompt) + len(answer)
-        if length > sequence_length:
-            raise InputError(
-                f"prompt and {name} answer are {length} tokens, a row holds {sequence_length}"
-            )
-
-
-def _example(prompt: list[int], answer: list[int]) -> Example:
-    return Example([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
 
 
 def with_reference(
@@ -207,7 +94,7 @@ def with_reference(
             part = rows[start : start + pairs_per_batch]
             # The last batch is filled up, so that all have one shape and compile once.
             filled = [*part, *[part[-1]] * (pairs_per_batch - len(part))]
-            batch = {name: np.stack([row[name] for row in filled]) for name in _ROW}
+            batch = {name: np.stack([row[name] for row in filled]) for name in ROW}
             values = parallel.to_host(log_probs(model.params, batch))
             result += [
                 {**row, "reference_log_probs": value}
@@ -279,7 +166,7 @@ def _pair_log_probs(
     reading: Reading = Reading(),
 ) -> Array:
     """[B, 2]: log-probability of the chosen and of the rejected answer of each pair."""
-    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in _ROW}
+    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ROW}
     log_probs = sequence_log_probs(
         model, params, flat, chunk=config.chunk, remat=remat, reading=reading
     )

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from distill_jax.artifacts import InputError
 from distill_jax.data import Record, Rejects, Tokenizer, read_records
-from distill_jax.posttraining.chat import Message
+from distill_jax.posttraining.chat import Message, end_of_turn
 from distill_jax.posttraining.conversations import form_of, messages_of, prompt_of
-from distill_jax.posttraining.dpo import DpoConfig, Pair, check_pair, encode_pair
+from distill_jax.posttraining.pairs import Pair, PairConfig, check_pair, encode_pair
 
 
 class Preference(NamedTuple):
@@ -20,7 +20,7 @@ class Preference(NamedTuple):
 
 
 def read_pairs(
-    tokenizer: Tokenizer, config: DpoConfig, template: str | None, rejects: Rejects
+    tokenizer: Tokenizer, config: PairConfig, template: str | None, rejects: Rejects
 ) -> Iterator[Pair]:
     """The pairs of the config's files, in tokens; each fits in its rows.
 
@@ -33,14 +33,16 @@ def read_pairs(
     Raises:
       InputError: no file is there, or a record is refused, with its file and line.
     """
+    ending = [end_of_turn(tokenizer, template)] if config.ended else []
     for place, preference in read_preferences(config, rejects):
         with rejects.at(place):
-            pair = encode_pair(tokenizer, *preference, template)
+            prompt, *answers = encode_pair(tokenizer, *preference, template)
+            pair = Pair(prompt, *([*answer, *ending] for answer in answers))
             check_pair(pair, config.sequence_length)
             yield pair
 
 
-def read_preferences(config: DpoConfig, rejects: Rejects) -> Iterator[tuple[str, Preference]]:
+def read_preferences(config: PairConfig, rejects: Rejects) -> Iterator[tuple[str, Preference]]:
     """What the config's files hold, with their places; see `read_pairs`."""
     for file in config.files:
         for place, record in read_records(file, split=config.split, rejects=rejects):

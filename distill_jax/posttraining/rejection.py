@@ -25,6 +25,9 @@ from distill_jax.posttraining.rewards import VERIFIERS, Judge, by_program, judge
 from distill_jax.posttraining.tasks import TASK, Problem, Task, to_messages
 
 Keep = Literal["best", "all"]
+
+REWARD_MODEL = "reward_model"
+"""Stands for the recipe's reward model as `RejectionConfig.reward`."""
 _SETTINGS, _SAMPLES = "sampling.json", "samples.jsonl"
 
 
@@ -40,9 +43,10 @@ class RejectionConfig:
       split: see `form`.
       bad_rows: see `form`.
       reward: what scores an answer: "task", the task's own program; "exact", "text", "number" and
-        "regex" compare it with the reference (`posttraining.VERIFIERS`); "teacher:NAME" is the mean
-        log-probability of its tokens under a teacher of the recipe; "path/to/file.py:function" is
-        any function (prompts, completions, references) -> scores, see `posttraining.Reward`.
+        "regex" compare it with the reference (`posttraining.VERIFIERS`); "reward_model" is the
+        recipe's; "teacher:NAME" is the mean log-probability of its tokens under a teacher of the
+        recipe; "path/to/file.py:function" is any function (prompts, completions, references) ->
+        scores, see `posttraining.Reward`.
       samples: answers drawn for each problem, K.
       temperature: of sampling; at 0 all answers to a problem would be the same.
       top_p: sample from the smallest set of tokens with this much probability; None: from all.
@@ -72,7 +76,7 @@ class RejectionConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, {"form": Form, "bad_rows": BadRows, "keep": Keep})
-        known = (TASK, *VERIFIERS)
+        known = (TASK, REWARD_MODEL, *VERIFIERS)
         if self.reward not in known and ":" not in self.reward:
             raise InputError(
                 f"RejectionConfig.reward is {self.reward!r}; it is one of {', '.join(known)}, "

@@ -5,9 +5,12 @@ import os
 import re
 import runpy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from distill_jax import parallel
 from distill_jax.artifacts import InputError, resolve
@@ -87,11 +90,27 @@ def log_likelihood(
 
     The end of the turn is one of them. Answers are tokenised anew.
     """
-    end = end_of_turn(tokenizer, template)
 
-    @jax.jit
-    def sums(params, batch):
-        return sequence_log_probs(model.config, params, batch)
+    def of_rows(params: Any, row: Mapping[str, Array]) -> Array:
+        return sequence_log_probs(model.config, params, row) / jnp.sum(row["where"], axis=-1)
+
+    return by_model(model, of_rows, tokenizer, template, rows_per_batch=rows_per_batch)
+
+
+def by_model(
+    model: Model,
+    of_rows: Callable[[Any, Mapping[str, Array]], Array],
+    tokenizer: Tokenizer,
+    template: str | None,
+    *,
+    rows_per_batch: int,
+) -> Reward:
+    """A reward from a function of a model's parameters and of rows, one answer each: [B, T] -> [B].
+
+    "where" of a row is on the answer and the token that ends it.
+    """
+    end = end_of_turn(tokenizer, template)
+    jitted = jax.jit(of_rows)
 
     def reward(
         prompts: Sequence[Sequence[Message]], completions: Sequence[str], references: Sequence[str]
@@ -105,18 +124,14 @@ def log_likelihood(
             examples.append(Example([*prompt, *answer], where))
         # Few lengths and one number of rows, so that little is compiled.
         length = 1 << max(len(example.tokens) - 1 for example in examples).bit_length()
-        scores: list[float] = []
+        found: list[float] = []
         for start in range(0, len(examples), rows_per_batch):
             part = examples[start : start + rows_per_batch]
             filled = [*part, *[part[-1]] * (rows_per_batch - len(part))]
             rows = [to_record([example], length) for example in filled]
             batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-            found = parallel.to_host(sums(model.params, batch))
-            scores += [
-                float(total) / sum(example.where)
-                for total, example in zip(found, part, strict=False)
-            ]
-        return scores
+            found += parallel.to_host(jitted(model.params, batch))[: len(part)].tolist()
+        return found
 
     return reward
 

@@ -12,6 +12,7 @@ COMMANDS = (
     context.PRUNE,
     "distill",
     context.SFT,
+    context.REWARD,
     context.REJECTION,
     context.DPO,
     context.EVALUATE,

@@ -13,7 +13,7 @@ from distill_jax import data, models, parallel, posttraining, training
 from distill_jax.recipe import Recipe
 
 CORPUS, ROUNDS, PRUNE = "corpus", "rounds", "prune"
-SFT, REJECTION, DPO = "sft", "rejection-sample", "dpo"
+SFT, REWARD, REJECTION, DPO = "sft", "reward-model", "rejection-sample", "dpo"
 EVALUATE, EXPORT, REPORT = "evaluate", "export", "report"
 """Names of the stages, and of their directories."""
 
@@ -169,22 +169,30 @@ def control(kind: str, seed: int) -> str:
 
 
 def model_stages(recipe: Recipe) -> list[str]:
-    """The stages that leave a model, in the order they are made."""
+    """The stages that leave a model that speaks, in the order they are made."""
     return [
         *map(teacher, recipe.teachers),
         PRUNE,
         *(control(kind, seed) for kind in recipe.controls for seed in recipe.seeds),
         *map(student, recipe.seeds),
-        *posttraining_stages(recipe),
+        *(stage for stage in posttraining_stages(recipe) if stage != REWARD),
     ]
 
 
 def posttraining_stages(recipe: Recipe) -> list[str]:
-    """The stages of post-training that the recipe has; each starts from the model before it."""
+    """The stages of post-training that the recipe has, in order; REWARD leaves a model that judges.
+
+    Each starts from the model before it that answers.
+    """
     config = recipe.posttraining
     if config is None:
         return []
-    trained = {SFT: config.sft_train, REJECTION: config.rejection_train, DPO: config.dpo_train}
+    trained = {
+        SFT: config.sft_train,
+        REWARD: config.reward_train,
+        REJECTION: config.rejection_train,
+        DPO: config.dpo_train,
+    }
     return [stage for stage, train in trained.items() if train is not None]
 
 

@@ -1,4 +1,4 @@
-"""sft, rejection-sample and dpo: from a model of text to one that answers."""
+"""sft, reward-model, rejection-sample and dpo: from a model of text to one that answers."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from distill_jax.artifacts import InputError, fingerprint_path, write_bytes
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import PostTrainingConfig, to_json
 from distill_jax.stages import context
-from distill_jax.stages.context import CORPUS, DPO, REJECTION, SFT, Run
+from distill_jax.stages.context import CORPUS, DPO, REJECTION, REWARD, SFT, Run
 
 
 def stages(run: Run) -> list[Stage]:
@@ -26,16 +26,24 @@ def stages(run: Run) -> list[Stage]:
     task = {name: described[name] for name in ("task", "problems")}
     parts: dict[str, tuple[str, ...]] = {
         SFT: ("sft", "sft_train", "replay"),
+        REWARD: ("reward_model", "reward_train"),
         REJECTION: ("sft", "replay", "rejection", "rejection_train"),
         DPO: ("rejection", "dpo", "dpo_train"),
     }
-    files = {SFT: config.sft.files, REJECTION: config.rejection.files, DPO: config.dpo.files}
+    files = {
+        SFT: config.sft.files,
+        REWARD: config.reward_model.files,
+        REJECTION: config.rejection.files,
+        DPO: config.dpo.files,
+    }
     if config.rejection.function is not None:
         files[REJECTION] += (config.rejection.function.rpartition(":")[0],)
     judges: dict[str, tuple[str, ...]] = {}
     if config.rejection.teacher is not None:
         judges[REJECTION] = (context.teacher(config.rejection.teacher),)
-    works = {SFT: _sft, REJECTION: _rejection, DPO: _dpo}
+    if config.rejection.reward == posttraining.REWARD_MODEL:
+        judges[REJECTION] = (REWARD,)
+    works = {SFT: _sft, REWARD: _reward_model, REJECTION: _rejection, DPO: _dpo}
     made, start = [], context.student(run.recipe.seeds[0])
     for name in context.posttraining_stages(run.recipe):
         made.append(
@@ -48,7 +56,8 @@ def stages(run: Run) -> list[Stage]:
                 work=functools.partial(works[name], run, config, start),
             )
         )
-        start = name
+        if name != REWARD:
+            start = name
     return made
 
 
@@ -119,6 +128,35 @@ def _sft(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) ->
     return figures | _train(run, place, model, loss_fn, rows, config.sft_train)
 
 
+def _reward_model(
+    run: Run, config: PostTrainingConfig, start: str, place: epath.Path
+) -> dict[str, Any]:
+    model = run.load(start)
+    rejects, template = data.Rejects(config.reward_model.bad_rows), config.rejection.template
+    pairs = list(posttraining.read_pairs(run.tokenizer, config.reward_model, template, rejects))
+    figures: dict[str, Any] = dict(_used(place, rejects, len(pairs)))
+    held_out = [pair for pair in pairs if config.reward_model.is_held_out(pair)]
+    learnt = [pair for pair in pairs if not config.reward_model.is_held_out(pair)]
+    if not learnt:
+        raise InputError(f"{place.name}: all {len(pairs)} pairs are held out; there are too few")
+    token, pad_id = posttraining.reward_token(run.tokenizer), run.tokenizer.pad_id
+    rows = posttraining.pair_rows(learnt, config.reward_model, pad_id=pad_id)
+    train = _given(config.reward_train)
+    loss_fn = posttraining.reward_loss(
+        model.config,
+        token,
+        remat=train.remat,
+        compute_dtype=train.compute_dtype,
+        mesh=run.mesh,
+    )
+    figures |= _train(run, place, model, loss_fn, rows, train)
+    if held_out:
+        rows = posttraining.pair_rows(held_out, config.reward_model, pad_id=pad_id)
+        accuracy = posttraining.preference_accuracy(run.load(place.name), token, rows)
+        figures |= {"held_out_pairs": len(rows), "held_out_accuracy": accuracy}
+    return figures
+
+
 def _rejection(
     run: Run, config: PostTrainingConfig, start: str, place: epath.Path
 ) -> dict[str, Any]:
@@ -157,6 +195,10 @@ def _judge(run: Run, config: PostTrainingConfig) -> posttraining.Judge:
         teacher = run.load(context.teacher(rejection.teacher))
         return posttraining.by_reward(
             posttraining.log_likelihood(teacher, run.tokenizer, rejection.template)
+        )
+    if rejection.reward == posttraining.REWARD_MODEL:
+        return posttraining.by_reward(
+            posttraining.reward_of(run.load(REWARD), run.tokenizer, rejection.template)
         )
     if rejection.function is not None:
         return posttraining.by_reward(posttraining.load_function(rejection.function))

@@ -128,7 +128,7 @@ def _check_rows(recipe: Recipe) -> None:
                 f"{name}.batch_rows: a batch has {run.batch_rows} rows, "
                 f"corpus.train_rows is {available}"
             )
-    for name in ("sft_train", "rejection_train", "dpo_train"):
+    for name in ("sft_train", "reward_train", "rejection_train", "dpo_train"):
         trained = getattr(recipe.posttraining, name, None)
         if trained is not None:
             runs[f"posttraining.{name}"] = trained

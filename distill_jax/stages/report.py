@@ -43,6 +43,7 @@ def stages(run: Run) -> list[Stage]:
         *map(context.targets, recipe.teachers),
         *map(context.student, recipe.seeds),
         *(context.control(kind, seed) for kind in recipe.controls for seed in recipe.seeds),
+        *context.posttraining_stages(recipe),
         EVALUATE,
         EXPORT,
     ]
@@ -124,9 +125,10 @@ def _rows(recipe: Recipe, figures: Mapping[str, Any]) -> list[evaluation.Row]:
         rows.append(evaluation.Row(name=name, kind="control", runs=runs, note=note))
     runs = [one(context.student(seed)) for seed in recipe.seeds]
     rows.append(evaluation.Row(name=_STUDENT, kind="distilled", runs=runs))
-    for stage in context.posttraining_stages(recipe):
-        name, note = _POSTTRAINING[stage]
-        rows.append(evaluation.Row(name=name, kind="post-trained", runs=[one(stage)], note=note))
+    for stage, (name, note) in _POSTTRAINING.items():
+        if stage in figures:
+            row = evaluation.Row(name=name, kind="post-trained", runs=[one(stage)], note=note)
+            rows.append(row)
     return rows
 
 
@@ -220,7 +222,7 @@ def _finished(run: Run) -> list[evaluation.FinishedStage]:
         CORPUS,
         *map(context.targets, recipe.teachers),
         *context.round_stages(recipe),
-        *context.model_stages(recipe),
+        *dict.fromkeys([*context.model_stages(recipe), *context.posttraining_stages(recipe)]),
         EVALUATE,
         EXPORT,
     ]

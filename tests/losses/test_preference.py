@@ -209,6 +209,34 @@ def test_masked_tokens_change_nothing(dtype):
     np.testing.assert_array_equal(slope[where == 0], 0.0)
 
 
+def test_bradley_terry_is_the_log_likelihood_of_the_preference():
+    chosen, rejected = np.random.default_rng(3).normal(scale=3, size=(2, 7))
+    margin = chosen - rejected
+    loss, terms = losses.bradley_terry(jnp.asarray(chosen), jnp.asarray(rejected))
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, -scipy.special.log_expit(margin), rtol=1e-5)
+    expected = {
+        "chosen_score": chosen,
+        "rejected_score": rejected,
+        "score_margin": margin,
+        "score_accuracy": margin > 0,
+    }
+    assert terms.keys() == expected.keys()
+    for name, term in expected.items():
+        np.testing.assert_allclose(terms[name], term, rtol=1e-5, err_msg=name)
+    slopes = jax.grad(lambda *scores: losses.bradley_terry(*scores)[0].sum(), argnums=(0, 1))(
+        *jnp.asarray([chosen, rejected], jnp.float32)
+    )
+    np.testing.assert_allclose(slopes[0], -scipy.special.expit(-margin), rtol=1e-5)
+    np.testing.assert_allclose(slopes[1], scipy.special.expit(-margin), rtol=1e-5)
+    far = jnp.asarray([1e4, -1e4])
+    np.testing.assert_allclose(losses.bradley_terry(far, jnp.zeros(2))[0], [0.0, 1e4], atol=1e-6)
+    terms = jax.jacrev(lambda scores: losses.bradley_terry(scores, jnp.zeros(2))[1])(far)
+    jax.tree.map(lambda slope: np.testing.assert_array_equal(slope, 0), terms)
+    with pytest.raises(ValueError, match="differ in shape"):
+        losses.bradley_terry(far, far[:1])
+
+
 def test_extremes_are_finite():
     far = jnp.asarray([1e4, -1e4])
     zero = jnp.zeros(2)

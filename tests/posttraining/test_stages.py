@@ -95,7 +95,10 @@ def test_files_stand_beside_the_task_and_decide_the_stage(run, tmp_path):
     ("overrides", "message"),
     [
         (("task=null",), r"posttraining\.sft\.data: needs the problems of posttraining\.task"),
-        (("task=null", "sft.data=x.jsonl"), r"rejection\.prompts: need those of posttraining"),
+        (
+            ("task=null", "sft.data=x.jsonl"),
+            r"rejection\.prompts: need those of posttraining\.task",
+        ),
         (("rejection_train=null",), r"dpo\.pairs: needs the samples of rejection_train"),
         (("sft.data=[]",), r"posttraining\.sft\.data: no source"),
         (("dpo.pairs=",), r"posttraining\.dpo\.pairs: no source"),
@@ -259,3 +262,74 @@ def test_a_teacher_that_judges_must_be_there_first(run):
     preflight.check(recipe)
     _, stage = works(run(recipe))[context.REJECTION]
     assert stage.inputs == (context.CORPUS, context.SFT, "teachers/small")
+
+
+def test_a_reward_model_learns_from_a_file_and_judges_samples(
+    run, tokenizer, tmp_path, monkeypatch
+):
+    asked, pairs = tmp_path / "asked.jsonl", tmp_path / "pairs.jsonl"
+    asked.write_text(conversation("2 + 2?", "4"))
+    records = [
+        {"prompt": f"{a} + 2?", "chosen": "right", "rejected": "wrong, I think"} for a in range(24)
+    ]
+    pairs.write_text("\n".join(map(json.dumps, records)))
+
+    def answer(model, tokenizer, problems, *, seeds, **_):
+        texts = ["wrong, I think", "right", "wrong, I think"] * len(problems)
+        return [answers.Answer(text, tokenizer.encode(text), -1.0, True) for text in texts][
+            : len(problems)
+        ]
+
+    monkeypatch.setattr(rejection, "answer", answer)
+    recipe = alone(
+        f"sft.data={asked}",
+        f"reward_model.pairs={pairs}",
+        "reward_model.sequence_length=64",
+        "reward_model.held_out=0.3",
+        f"rejection.prompts={asked}",
+        "rejection.threshold=null",
+        "rejection.samples=3",
+    )
+    config = recipe.posttraining
+    config = dataclasses.replace(
+        config,
+        reward_train=dataclasses.replace(config.sft_train, steps=20),
+        rejection=dataclasses.replace(config.rejection, reward="reward_model"),
+        rejection_train=config.sft_train,
+    )
+    recipe = dataclasses.replace(recipe, posttraining=config)
+    preflight.check(recipe)
+    made = works(run(recipe))
+    assert list(made) == [context.SFT, context.REWARD, context.REJECTION]
+    assert made[context.REJECTION][1].inputs == (context.CORPUS, context.SFT, context.REWARD)
+    assert context.model_stages(recipe)[-2:] == [context.SFT, context.REJECTION]
+    models.save(tmp_path / context.SFT, models.load(tmp_path / context.student(0)))
+    place, stage = made[context.REWARD]
+    figures = stage.work(place)
+    assert figures["rows"] + figures["held_out_pairs"] == figures["used"] == 24
+    assert figures["held_out_accuracy"] == 1
+    lines = read_metrics(place / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    place, stage = made[context.REJECTION]
+    stage.work(place)
+    (record,) = read_samples(place / "samples")
+    assert (record["chosen"], record["rejected"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejection.reward": "reward_model"}, r"rejection\.reward: needs the model of reward_tr"),
+        ({"reward_train": True}, r"reward_model\.pairs: name files; nothing is sampled yet"),
+    ],
+)
+def test_a_reward_model_needs_its_training_and_its_pairs(change, message):
+    config = recipe_of().posttraining
+    train = config.sft_train if "reward_train" in change else None
+    reward = change.get("rejection.reward", "task")
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(
+            config,
+            reward_train=train,
+            rejection=dataclasses.replace(config.rejection, reward=reward),
+        )
