@@ -90,6 +90,16 @@ class Tokenizer:
         return max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
 
     @functools.cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """Spellings of the tokens that `encode` makes of a text only if told to parse them."""
+        added = self._parsing.get_added_tokens_decoder()
+        return frozenset(
+            token.content
+            for id_, token in added.items()
+            if token.special and self.encode(token.content) != [id_]
+        )
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of what the ids mean: vocabulary, merges, special tokens; no names, no paths.
 

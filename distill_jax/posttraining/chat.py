@@ -128,7 +128,7 @@ def end_of_turn(tokenizer: Tokenizer, template: str | None = None) -> int:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     tokens, where = encode_chat(tokenizer, messages, template)
     last = [token for token, trained in zip(tokens, where, strict=True) if trained][-1]
-    if not _is_special(tokenizer, last):
+    if tokenizer.decode([last]) not in tokenizer.special_tokens:
         raise InputError(
             "chat template: an assistant's turn does not end in a special token of the tokenizer "
             f"(but in {tokenizer.decode([last])!r})"
@@ -163,19 +163,10 @@ def _check(messages: Sequence[Message]) -> None:
             raise InputError(f"message {index}: the assistant's content is empty")
 
 
-@functools.lru_cache(maxsize=1 << 18)  # asked of every token of every text
-def _is_special(tokenizer: Tokenizer, token: int) -> bool:
-    """Whether the token arises only where special tokens are parsed."""
-    spelling = tokenizer.decode([token])
-    parsed = tokenizer.encode(spelling, special=True)
-    return parsed == [token] and tokenizer.encode(spelling) != [token]
-
-
-def _special_tokens(tokenizer: Tokenizer, text: str) -> re.Pattern[str]:
-    """Matches the special tokens in `text` that are not marked as literal."""
-    candidates = set(tokenizer.encode(text, special=True))
-    found = [tokenizer.decode([token]) for token in candidates if _is_special(tokenizer, token)]
-    longest_first = sorted(found, key=lambda token: (-len(token), token))
+@functools.lru_cache(maxsize=8)
+def _special_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Matches the special tokens that are not marked as literal."""
+    longest_first = sorted(tokenizer.special_tokens, key=lambda token: (-len(token), token))
     any_token = "|".join(map(re.escape, longest_first)) or "(?!)"
     return re.compile(f"(?<!{_LITERAL})(?:{any_token})")
 
@@ -185,7 +176,7 @@ def _protect(tokenizer: Tokenizer, value: Any) -> Any:
     if isinstance(value, str):
         if reserved := re.search(f"[{_START}{_END}{_LITERAL}]", value):
             raise InputError(f"message: holds the noncharacter U+{ord(reserved[0]):04X}")
-        specials = _special_tokens(tokenizer, value)
+        specials = _special_tokens(tokenizer)
         return specials.sub(lambda match: "".join(_LITERAL + c for c in match[0]), value)
     if isinstance(value, Mapping):
         return {key: _protect(tokenizer, item) for key, item in value.items()}
@@ -196,7 +187,7 @@ def _protect(tokenizer: Tokenizer, value: Any) -> Any:
 
 def _mark_turns(tokenizer: Tokenizer, messages: Sequence[Message], template: str, text: str) -> str:
     """Marks the assistant's turns in `text`, found by rendering the messages up to each."""
-    specials = _special_tokens(tokenizer, text)
+    specials = _special_tokens(tokenizer)
     pieces, done = [], 0
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -218,7 +209,7 @@ def _mark_turns(tokenizer: Tokenizer, messages: Sequence[Message], template: str
 
 def _encode(tokenizer: Tokenizer, text: str) -> Example:
     """Tokenises marked text piece by piece."""
-    specials = _special_tokens(tokenizer, text)
+    specials = _special_tokens(tokenizer)
     tokens: list[int] = []
     where: list[bool] = []
     trained = False

@@ -36,6 +36,7 @@ def test_special_tokens_in_text_stay_text(tokenizer):
     a, b = tokenizer.token_id("a"), tokenizer.token_id("b")
     assert tokenizer.encode(text, special=True) == [a, tokenizer.eos_id, b]
     assert tokenizer.encode(text) == ids  # parsing once leaves no trace
+    assert tokenizer.special_tokens == {"<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"}
 
 
 def test_encode_batch_is_encode_of_each(tokenizer, passages):
