@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, log_expit
 
-from distill_jax import models
+from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.posttraining import (
     Pair,
@@ -74,6 +74,28 @@ def test_loss_terms_and_gradient_are_bradley_terrys_on_the_last_logits(model):
         lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5),
         gradient,
         along(jnp.asarray(outer, jnp.float32))[0],
+    )
+
+
+def test_eight_devices_give_what_one_gives(model):
+    pairs = [Pair([1, 2, index], [3 + index], [12, 5 + index]) for index in range(8)]
+    rows = pair_rows(pairs, RewardModelConfig(sequence_length=8))
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def gradient(params, mesh=None):
+        totals = reward_loss(model.config, TOKEN, mesh=mesh)(params, batch, jnp.int32(0))
+        return totals.loss, totals
+
+    mesh = parallel.make_mesh()
+    assert parallel.row_shards(mesh) == 8
+    places = parallel.shardings(mesh, models.logical_axes(model.config), model.params)
+    split = jax.device_put(model.params, places)
+    one, eight = (
+        jax.jit(jax.grad(functools.partial(gradient, mesh=on), has_aux=True))(params)
+        for on, params in ((None, model.params), (mesh, split))
+    )
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6), eight, one
     )
 
 
