@@ -50,7 +50,7 @@ from distill_jax.losses.preference import (
 )
 from distill_jax.losses.reduction import Totals, reduce
 from distill_jax.losses.sharded import fused_linear_of_shares, sharded_fused_linear
-from distill_jax.losses.targets import SampledTargets, Teacher, TopKTargets
+from distill_jax.losses.targets import LiveTargets, SampledTargets, Teacher, TopKTargets
 
 DIVERGENCES = {
     divergence.__name__: divergence
@@ -70,6 +70,7 @@ DIVERGENCES = {
 
 __all__ = [
     "DIVERGENCES",
+    "LiveTargets",
     "Objective",
     "SampledTargets",
     "Schedule",

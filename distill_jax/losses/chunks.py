@@ -8,6 +8,7 @@ time. On accelerators that would only make kernels small, so they take a chunk a
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -72,14 +73,22 @@ class Chunks:
         return jax.tree.map(slice_, self._blocks)
 
 
-def totals(objective: Objective, logits_NV: jax.Array, rows: Any, step: Any) -> Totals:
-    """The reduced objective of some tokens."""
-    return reduce(*objective(logits_NV, rows["targets"], step=step), rows["where"])
+def totals(
+    objective: Objective,
+    logits_NV: jax.Array,
+    teachers: Mapping[str, jax.Array],
+    rows: Any,
+    step: Any,
+) -> Totals:
+    """The reduced objective of some tokens; `teachers` are logits that stand for targets."""
+    targets = {**rows["targets"], **teachers}
+    return reduce(*objective(logits_NV, targets, step=step), rows["where"])
 
 
 def totals_and_gradient(
     objective: Objective,
     logits_NV: jax.Array,
+    teachers: Mapping[str, jax.Array],
     chunks: Chunks,
     index: jax.Array,
     step: Any,
@@ -92,6 +101,7 @@ def totals_and_gradient(
     Args:
       objective: the objective.
       logits_NV: the chunk's logits.
+      teachers: the logits [N, V] of those that are made with them, by name.
       chunks: all chunks.
       index: which of them.
       step: the training step.
@@ -99,28 +109,31 @@ def totals_and_gradient(
       local: whether the chunk is known to lie on one device.
     """
 
-    def of_rows(logits_NV, rows):
+    def of_rows(made, rows):
+        logits_NV, teachers = made
+
         def loss(logits_NV):
-            result = totals(objective, logits_NV, rows, step)
+            result = totals(objective, logits_NV, teachers, rows, step)
             return result.loss, result
 
         return lookups.result_and_gradient(loss, logits_NV, rows["where"], dtype, local=local)
 
-    def at_once(logits_NV, index):
-        return of_rows(logits_NV, chunks.take(index)[1])
+    def at_once(made, index):
+        return of_rows(made, chunks.take(index)[1])
 
-    def by_blocks(logits_NV, index):
+    def by_blocks(made, index):
         def block(start):
-            part_NV = jax.lax.dynamic_slice_in_dim(logits_NV, start, size)
-            return of_rows(part_NV, chunks.take(index, start, size)[1])
+            part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), made)
+            return of_rows(part, chunks.take(index, start, size)[1])
 
         result, gradient = jax.lax.map(block, jnp.arange(0, chunks.size, size))
         return add_up(result), gradient.reshape(logits_NV.shape)
 
     size = _divisor(chunks.size, max(1, _CACHED_ELEMENTS // logits_NV.shape[1]))
+    made = logits_NV, teachers
     if size == chunks.size:
-        return at_once(logits_NV, index)
-    return jax.lax.platform_dependent(logits_NV, index, cpu=by_blocks, default=at_once)
+        return at_once(made, index)
+    return jax.lax.platform_dependent(made, index, cpu=by_blocks, default=at_once)
 
 
 def add_product(

@@ -4,7 +4,9 @@ The gradients are taken in the forward pass, while a chunk's logits are there (a
 Hsu et al. 2024), so that no logits are made twice and none are kept.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from distill_jax.losses import chunks as walk
 from distill_jax.losses.objectives import Objective
 from distill_jax.losses.reduction import Totals
+from distill_jax.losses.targets import LiveTargets
 
 
 def fused_linear(
@@ -55,7 +58,8 @@ def fused_linear(
         tokens independently, and called several times, so it must be pure.
       hidden_ND: [N, D].
       unembedding: [D, V]. Products are taken in the wider dtype of both.
-      targets: the objective's targets; every array in them has N as its leading axis.
+      targets: the objective's targets; every array in them has N as its leading axis. For
+        `LiveTargets`, an unembedding apart, the objective gets an array of logits.
       where: [N], mask or weights. What a token of weight zero holds, be it NaN, changes neither
         value nor gradient.
       transposed: whether the unembedding is [V, D] instead, as the embedding of a tied model is.
@@ -71,10 +75,9 @@ def fused_linear(
       TypeError: a forward-mode derivative was asked for (under a `jax.jit` of yours the words are
         JAX's own), or a second one.
     """
-    order = "vd" if transposed else "dv"
-    rows = rows_of(order, hidden_ND, unembedding, targets, where)
-    layout = Layout(chunk_size(chunk, *hidden_ND.shape), order)
-    arrays = _match_varying((hidden_ND, unembedding, rows, step))
+    layout = Layout(chunk, order_of(transposed))
+    rows, heads = rows_of(layout, hidden_ND, unembedding, targets, where)
+    arrays = _match_varying((hidden_ND, unembedding, rows, heads, step))
     return first_reverse_only(fused)(objective, layout, *arrays)
 
 
@@ -82,7 +85,7 @@ class Layout(NamedTuple):
     """How the work is cut.
 
     Attributes:
-      chunk: tokens at a time.
+      chunk: tokens at a time; None: `default_chunk`.
       order: the unembedding's axes, "dv" or "vd".
       tokens: axes of `shard_map` over which the totals are summed.
       embed: those over which the unembedding is gathered, the outermost first.
@@ -90,7 +93,7 @@ class Layout(NamedTuple):
       within: whether the `shard_map` is the caller's, who adds up the totals; it checks nothing.
     """
 
-    chunk: int
+    chunk: int | None
     order: str
     tokens: tuple[str, ...] = ()
     embed: tuple[str, ...] = ()
@@ -101,27 +104,41 @@ class Layout(NamedTuple):
         """Mesh axes given for "d" and "v" in the unembedding's order."""
         return P(*(axes.get(letter) for letter in self.order))
 
+    def of(self, live: LiveTargets) -> "Layout":
+        """How the head of a teacher lies that runs beside the student."""
+        embed = self.embed if live.embed is None else live.embed
+        return self._replace(order=order_of(live.transposed), embed=embed)
+
+    def chunks(self, hidden_ND: jax.Array, rows: dict[str, Any]) -> walk.Chunks:
+        """One device's tokens, cut up."""
+        tokens, embed = hidden_ND.shape
+        chunk = walk.default_chunk(tokens, embed) if self.chunk is None else self.chunk
+        return walk.Chunks((hidden_ND, rows), min(chunk, max(tokens, 1)))
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def fused(objective, layout, hidden_ND, unembedding, rows, step) -> Totals:
+def fused(objective, layout, hidden_ND, unembedding, rows, heads, step) -> Totals:
     """The totals of `rows_of` some tokens, with derivatives; what `fused_linear` does, laid out."""
     unembedding = _gather(layout, unembedding, hidden_ND.dtype)
     hidden_ND, unembedding = _same_dtype(hidden_ND, unembedding)
-    chunks = walk.Chunks((hidden_ND, rows), layout.chunk)
+    heads = _whole_heads(layout, rows, heads)
+    chunks = layout.chunks(hidden_ND, rows)
 
     def body(index):
         chunk_ND, chunk_rows = chunks.take(index)
         logits_NV = walk.matmul(f"nd,{layout.order}->nv", chunk_ND, unembedding)
-        return walk.totals(objective, logits_NV, chunk_rows, step)
+        teachers = _teachers_logits(layout, chunk_rows, heads)
+        return walk.totals(objective, logits_NV, teachers, chunk_rows, step)
 
     return _add_up(layout, jax.lax.map(body, jnp.arange(chunks.count)))
 
 
-def _fused_forward(objective, layout, hidden_ND, unembedding, rows, step):
+def _fused_forward(objective, layout, hidden_ND, unembedding, rows, heads, step):
     dtypes = (hidden_ND.dtype, unembedding.dtype)
     unembedding = _gather(layout, unembedding, dtypes[0])
     hidden_ND, unembedding = _same_dtype(hidden_ND, unembedding)
-    chunks = walk.Chunks((hidden_ND, rows), layout.chunk)
+    heads = _whole_heads(layout, rows, heads)
+    chunks = layout.chunks(hidden_ND, rows)
     # Elsewhere the compiler may have spread the tokens.
     local = layout.vocabulary is None and bool(layout.tokens or _varying(hidden_ND))
 
@@ -130,8 +147,9 @@ def _fused_forward(objective, layout, hidden_ND, unembedding, rows, step):
         # 0 * NaN would reach the unembedding's gradient.
         chunk_ND = jnp.where(chunk_rows["where"][:, None] == 0, 0, chunk_ND)
         logits_NV = walk.matmul(f"nd,{layout.order}->nv", chunk_ND, unembedding)
+        teachers = _teachers_logits(layout, chunk_rows, heads)
         totals, bar_NV = walk.totals_and_gradient(
-            objective, logits_NV, chunks, index, step, dtype=chunk_ND.dtype, local=local
+            objective, logits_NV, teachers, chunks, index, step, dtype=chunk_ND.dtype, local=local
         )
         unembedding_bar = walk.add_product(
             unembedding_bar, chunk_ND, bar_NV, order=layout.order, tiled=layout.vocabulary is None
@@ -155,10 +173,30 @@ def _fused_backward(objective, layout, residuals, totals_bar):
         (unembedding_bar * totals_bar.loss).astype(like.dtype),
         None,
         None,
+        None,
     )
 
 
 fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _whole_heads(layout, rows, heads):
+    """The unembeddings of live teachers, gathered."""
+    live = rows["targets"]
+    return {
+        name: _gather(layout.of(live[name]), head, live[name].hidden.dtype)
+        for name, head in heads.items()
+    }
+
+
+def _teachers_logits(layout, rows, heads):
+    """The logits of live teachers for some tokens."""
+
+    def logits(live, head):
+        subscripts = f"nd,{layout.of(live).order}->nv"
+        return walk.matmul(subscripts, *_same_dtype(live.hidden, head))
+
+    return {name: logits(rows["targets"][name], head) for name, head in heads.items()}
 
 
 def _gather(layout, unembedding, dtype):
@@ -249,21 +287,34 @@ def first_reverse_only(function):
     return call
 
 
-def chunk_size(chunk: int | None, tokens: int, embed: int) -> int:
-    """The chunk that was asked for, or the default, but no more than the tokens."""
-    if chunk is None:
-        return walk.default_chunk(tokens, embed)
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    return min(chunk, max(tokens, 1))
+def order_of(transposed: bool) -> str:
+    """The axes of an unembedding."""
+    return "vd" if transposed else "dv"
 
 
-def rows_of(order, hidden_ND, unembedding, targets, where, parts: int = 1) -> dict[str, Any]:
-    """What travels with the tokens, once it is known to fit one of the unembedding's `parts`."""
+def rows_of(
+    layout: Layout, hidden_ND, unembedding, targets, where
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """What travels with the tokens, and the unembeddings of live teachers, once all is checked."""
+    if layout.chunk is not None and layout.chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {layout.chunk}")
+    live = {name: one for name, one in targets.items() if isinstance(one, LiveTargets)}
+    _check_head(layout, hidden_ND, unembedding)
+    size = unembedding.shape[layout.order.index("v")]
+    for name, one in live.items():
+        own = layout.of(one)
+        _check_head(own, one.hidden, one.unembedding, f"{name}: ")
+        if (vocabulary := one.unembedding.shape[own.order.index("v")]) != size:
+            raise ValueError(f"{name}: has {vocabulary} ids, the student {size}")
+    heads = {name: one.unembedding for name, one in live.items()}
+    beside: dict[str, Any] = {name: _without_head(one) for name, one in live.items()}
     where = jnp.ones(hidden_ND.shape[:1]) if where is None else jnp.asarray(where, jnp.float32)
-    rows = {"where": where, "targets": dict(targets)}
-    _check_shapes(order, hidden_ND, unembedding, rows, parts)
-    return rows
+    rows = {"where": where, "targets": {**targets, **beside}}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(rows):
+        if jnp.shape(leaf)[:1] != hidden_ND.shape[:1]:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"{name} {jnp.shape(leaf)} does not fit {hidden_ND.shape[0]} tokens")
+    return rows, heads
 
 
 def _match_varying(tree):
@@ -286,19 +337,23 @@ def _vary(array: jax.Array, axes: frozenset) -> jax.Array:
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
-def _check_shapes(
-    order: str, hidden_ND: jax.Array, unembedding: jax.Array, rows: dict, parts: int
+def _without_head(live: Any) -> LiveTargets:
+    """All of whose arrays belong to tokens."""
+    return dataclasses.replace(live, unembedding=None)
+
+
+def _check_head(
+    layout: Layout, hidden_ND: jax.Array, unembedding: jax.Array, whose: str = ""
 ) -> None:
     if hidden_ND.ndim != 2 or unembedding.ndim != 2:
         raise ValueError(
-            f"hidden and unembedding must be [N, D] and [{', '.join(order.upper())}], "
-            f"got {hidden_ND.shape} and {unembedding.shape}"
+            f"{whose}hidden and unembedding must be [N, D] and "
+            f"[{', '.join(layout.order.upper())}], got {hidden_ND.shape} and {unembedding.shape}"
         )
     if not hidden_ND.shape[0]:
-        raise ValueError(f"hidden {hidden_ND.shape} has no tokens")
-    if hidden_ND.shape[1] != parts * unembedding.shape[order.index("d")]:
-        raise ValueError(f"hidden {hidden_ND.shape} does not fit unembedding {unembedding.shape}")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(rows):
-        if jnp.shape(leaf)[:1] != hidden_ND.shape[:1]:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(f"{name} {jnp.shape(leaf)} does not fit {hidden_ND.shape[0]} tokens")
+        raise ValueError(f"{whose}hidden {hidden_ND.shape} has no tokens")
+    parts = math.prod(map(jax.lax.axis_size, layout.embed)) if layout.within else 1
+    if hidden_ND.shape[1] != parts * unembedding.shape[layout.order.index("d")]:
+        raise ValueError(
+            f"{whose}hidden {hidden_ND.shape} does not fit unembedding {unembedding.shape}"
+        )

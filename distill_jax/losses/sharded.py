@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from distill_jax.losses.fused import Layout, chunk_size, first_reverse_only, fused, rows_of
+from distill_jax.losses.fused import Layout, first_reverse_only, fused, order_of, rows_of
 from distill_jax.losses.objectives import Objective
 from distill_jax.losses.reduction import Totals
 
@@ -43,7 +43,7 @@ def sharded_fused_linear(
       hidden_ND: [N, D], N divisible by the devices of `tokens`.
       unembedding: [D, V], D divisible by the devices of `embed`. Its dtype may be wider than the
         hidden state's; its gradient then is so too.
-      targets: as in `fused_linear`.
+      targets: as in `fused_linear`; the unembeddings of `LiveTargets` are split as this one.
       where: as in `fused_linear`.
       transposed: as in `fused_linear`.
       mesh: the mesh, of `Auto` axes; those that are not named below must not split the arrays.
@@ -65,28 +65,33 @@ def sharded_fused_linear(
         (axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in (tokens, embed)
     )
     _check_axes(mesh, tokens, embed, vocabulary)
-    order = "vd" if transposed else "dv"
-    rows = rows_of(order, hidden_ND, unembedding, targets, where)
-    shards, parts = (math.prod(mesh.shape[axis] for axis in axes) for axes in (tokens, embed))
-    _check_divides("tokens", hidden_ND.shape[0], shards)
-    _check_divides("embed", hidden_ND.shape[1], parts)
-    _check_divides("vocabulary", unembedding.shape[order.index("v")], mesh.shape.get(vocabulary, 1))
-    size = chunk_size(chunk, hidden_ND.shape[0] // shards, hidden_ND.shape[1])
     split = vocabulary if mesh.shape.get(vocabulary, 1) > 1 else None
-    layout = Layout(size, order, tokens, embed, split)
+    layout = Layout(chunk, order_of(transposed), tokens, embed, split)
+    rows, heads = rows_of(layout, hidden_ND, unembedding, targets, where)
+    size = unembedding.shape[layout.order.index("v")]
+    _check_divides("tokens", hidden_ND.shape[0], _devices(mesh, tokens))
+    _check_divides("embed", hidden_ND.shape[1], _devices(mesh, embed))
+    _check_divides("vocabulary", size, mesh.shape.get(vocabulary, 1))
+    places = {}
+    for name in heads:
+        live = rows["targets"][name]
+        own = layout.of(live)
+        _check_axes(mesh, tokens, own.embed, vocabulary)
+        _check_divides(f"{name}: embed", live.hidden.shape[1], _devices(mesh, own.embed))
+        places[name] = own.spec(d=own.embed)
 
-    def local(hidden_ND, unembedding, rows, step):
-        return fused(objective, layout, hidden_ND, unembedding, rows, step)
+    def local(*arrays):
+        return fused(objective, layout, *arrays)
 
     sharded = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(tokens), layout.spec(d=embed), P(tokens), P()),
+        in_specs=(P(tokens), layout.spec(d=embed), P(tokens), places, P()),
         out_specs=P(),
         axis_names=frozenset(tokens),
     )
     # Jitted, because axes that the compiler splits are unknown outside of it.
-    return first_reverse_only(jax.jit(sharded))(hidden_ND, unembedding, rows, step)
+    return first_reverse_only(jax.jit(sharded))(hidden_ND, unembedding, rows, heads, step)
 
 
 def fused_linear_of_shares(
@@ -112,7 +117,7 @@ def fused_linear_of_shares(
       objective: as in `fused_linear`.
       hidden_ND: [N, D] of this device's tokens.
       unembedding: this device's share of [D, V]: its part of D.
-      targets: as in `fused_linear`, of this device's tokens.
+      targets: as in `fused_linear`, of this device's tokens; of `LiveTargets` this device's share.
       where: the same.
       transposed: as in `fused_linear`.
       tokens: mesh axes over which tokens are split.
@@ -124,12 +129,10 @@ def fused_linear_of_shares(
     Returns:
       Totals over this device's tokens.
     """
-    order = "vd" if transposed else "dv"
-    parts = math.prod(map(jax.lax.axis_size, embed))
-    rows = rows_of(order, hidden_ND, unembedding, targets, where, parts)
-    size = chunk_size(chunk, *hidden_ND.shape)
-    layout = Layout(size, order, tuple(tokens), tuple(embed), vocabulary, within=True)
-    return fused(objective, layout, hidden_ND, unembedding, rows, step)
+    order = order_of(transposed)
+    layout = Layout(chunk, order, tuple(tokens), tuple(embed), vocabulary, within=True)
+    rows, heads = rows_of(layout, hidden_ND, unembedding, targets, where)
+    return fused(objective, layout, hidden_ND, unembedding, rows, heads, step)
 
 
 def _check_axes(
@@ -146,6 +149,10 @@ def _check_axes(
             "sharded_fused_linear needs a mesh of Auto axes: "
             "jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))"
         )
+
+
+def _devices(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _check_divides(name: str, size: int, shards: int) -> None:

@@ -1,4 +1,4 @@
-"""What a teacher said about each token, when all of its logits are too many to keep."""
+"""What a teacher says about each token, when all of its logits are too many to keep."""
 
 import dataclasses
 import functools
@@ -60,6 +60,33 @@ class SampledTargets:
     weights: jax.Array
     temperature: float = 1.0
     entropy: jax.Array | None = None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("hidden", "unembedding"),
+    meta_fields=("transposed", "embed"),
+)
+@dataclasses.dataclass(frozen=True)
+class LiveTargets:
+    """The logits hidden @ unembedding of a teacher that runs beside the student.
+
+    The fused heads alone take them. They make the teacher's logits together with the student's, a
+    chunk of tokens at a time, and give them to the objective as an array of logits: whatever takes
+    those will do. Neither field receives a gradient.
+
+    Attributes:
+      hidden: [N, D], the teacher's final hidden states of the student's tokens; D is its own.
+      unembedding: [D, V]. Products are taken in the wider dtype of both.
+      transposed: whether the unembedding is [V, D] instead.
+      embed: on a mesh, the axes among those of the tokens over which the unembedding's D is split,
+        the outermost first; None: those of the student's.
+    """
+
+    hidden: jax.Array
+    unembedding: jax.Array
+    transposed: bool = False
+    embed: tuple[str, ...] | None = None
 
 
 Teacher = jax.Array | TopKTargets | SampledTargets
