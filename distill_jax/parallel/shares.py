@@ -109,22 +109,23 @@ def map_rows(function: Callable[..., Any], shares: Shares) -> Callable[..., Any]
     return call
 
 
-def over_rows(function: Callable[..., Any], shares: Shares) -> Callable[..., Any]:
-    """`function(params, rows, step)` of every device's share of the parameters and its rows.
+def over_rows(function: Callable[..., Any], shares: Shares, *frozen: Any) -> Callable[..., Any]:
+    """`function(params, rows, step, *others)` of every device's share and its rows.
 
     Args:
       function: what to compute of a device's rows, a tree of sums with a scalar `loss`.
       shares: how the parameters lie; their tree is the first argument.
+      *frozen: trees of specs of `Shares`, for the other arguments, which have no derivative.
 
     Returns:
       A function of global arrays that gives the sums over all rows. With respect to the parameters
       the derivative of `loss` is taken together with the value, if it is asked for.
     """
-    places = (shares.specs, PartitionSpec(shares.rows), PartitionSpec())
+    places = (shares.specs, PartitionSpec(shares.rows), PartitionSpec(), *frozen)
 
-    def with_gradient(params: Any, batch: Any, step: Array) -> Any:
+    def with_gradient(params: Any, *others: Any) -> Any:
         def loss(params: Any) -> tuple[Array, Any]:
-            totals = function(params, batch, step)
+            totals = function(params, *others)
             return totals.loss, totals
 
         (_, totals), gradient = jax.value_and_grad(loss, has_aux=True)(params)
@@ -134,15 +135,16 @@ def over_rows(function: Callable[..., Any], shares: Shares) -> Callable[..., Any
         return jax.lax.psum(function(*arguments), shares.rows)
 
     @jax.custom_vjp
-    def call(params: Any, batch: Any, step: Array) -> Any:
-        return _shard_map(without, shares, places, PartitionSpec())(params, batch, step)
+    def call(*arguments: Any) -> Any:
+        return _shard_map(without, shares, places, PartitionSpec())(*arguments)
 
-    def forward(params: Any, batch: Any, step: Array) -> Any:
+    def forward(*arguments: Any) -> Any:
         out = (PartitionSpec(), shares.specs)
-        return _shard_map(with_gradient, shares, places, out)(params, batch, step)
+        return _shard_map(with_gradient, shares, places, out)(*arguments)
 
     def backward(gradient: Any, bar: Any) -> Any:
-        return jax.tree.map(lambda g: (g * bar.loss).astype(g.dtype), gradient), None, None
+        scaled = jax.tree.map(lambda g: (g * bar.loss).astype(g.dtype), gradient)
+        return scaled, *(None for _ in places[1:])
 
     call.defvjp(forward, backward)
     return call

@@ -18,7 +18,8 @@ class JittedStep:
     """The step that `train` runs; made by `jit_step`.
 
     Attributes:
-      function: jitted (state, batch) -> (state, metrics); the state that is given is consumed.
+      function: jitted (state, batch, *frozen) -> (state, metrics); the state that is given is
+        consumed, the rest is not.
       state: shapes, types and shardings of the state, as ShapeDtypeStructs.
       rows: the sharding of every leaf of a batch.
       optimizer: the optimizer, whose state is part of the state.
@@ -31,16 +32,17 @@ class JittedStep:
 
 
 def jit_step(
-    params: Any, axes: Any, loss_fn: LossFn, config: TrainConfig, mesh: Mesh
+    params: Any, axes: Any, loss_fn: LossFn, config: TrainConfig, mesh: Mesh, *frozen: Any
 ) -> JittedStep:
     """The step of a run on a mesh; nothing is computed or placed.
 
     Args:
       params: float32 parameters, or their ShapeDtypeStructs.
       axes: their logical axes, in the same tree.
-      loss_fn: (params, batch, step) -> losses.Totals.
+      loss_fn: (params, batch, step, *frozen) -> losses.Totals.
       config: how the run goes.
       mesh: its devices, which need not be there.
+      *frozen: trees that the loss reads besides: arrays where they lie, or their ShapeDtypeStructs.
     """
     optimizer = make_optimizer(config.optimizer, config.steps, axes)
     shardings = state_shardings(mesh, axes, params, optimizer)
@@ -53,7 +55,7 @@ def jit_step(
     function = jax.jit(
         step,
         donate_argnums=0,  # the old state's memory holds the new one
-        in_shardings=(shardings, rows),
+        in_shardings=(shardings, rows, *jax.tree.map(lambda x: x.sharding, frozen)),
         out_shardings=(shardings, None),
     )
     return JittedStep(function, state, rows, optimizer)

@@ -1,5 +1,6 @@
 """The loss of every stage that trains on next tokens."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from distill_jax import losses, parallel
+from distill_jax.artifacts import InputError
 from distill_jax.models import LlamaConfig, Reading, abstract_params, hidden_states, logical_axes
 from distill_jax.models.llama import Remat
 from distill_jax.training.step import LossFn
@@ -21,62 +23,65 @@ def language_model_loss(
     remat: Remat = "none",
     compute_dtype: str = "float32",
     teacher_targets: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    live: Mapping[str, LlamaConfig] | None = None,
     mesh: Mesh | None = None,
 ) -> LossFn:
     """A loss_fn for `train` over batches of packed rows.
 
     Args:
       config: shape of the model that is trained.
-      objective: (logits_NV, targets, step=...) -> (loss_N, terms); its targets are "labels" and
-        whatever `teacher_targets` returns.
+      objective: (logits_NV, targets, step=...) -> (loss_N, terms); its targets are "labels",
+        whatever `teacher_targets` returns, and the logits of live teachers.
       remat: what the backward pass recomputes inside a layer.
       compute_dtype: see `loss_of_rows`.
       teacher_targets: turns a batch's "targets" (stored arrays with leading [B, T]) into a mapping
         of teacher name -> targets with the same leading axes.
+      live: teacher name -> shape of teachers that read every batch beside the model. Their
+        parameters, {name: params}, are a fourth argument of the loss_fn, which `train` gives it.
+        No more of their logits exist at a time than of the model's own.
       mesh: see `loss_of_rows`.
+
+    Raises:
+      InputError: a live teacher's vocabulary is another one.
     """
+    live = live or {}
+    for name, shape in live.items():
+        if shape.vocab_size != config.vocab_size:
+            raise InputError(
+                f"teacher {name}: has {shape.vocab_size} token ids, the student {config.vocab_size}"
+            )
+    shares = {name: shares_of(shape, compute_dtype, mesh) for name, shape in live.items()}
+    teachers = {name: _Reader(shape, shares[name]) for name, shape in live.items()}
 
     def totals(
-        params: Any, batch: Mapping[str, Any], step: Array, shares: parallel.Shares | None
+        params: Any,
+        batch: Mapping[str, Any],
+        step: Array,
+        frozen: Mapping[str, Any] | None = None,
+        *,
+        shares: parallel.Shares | None,
     ) -> losses.Totals:
-        hidden_BTD = hidden_states(
-            config,
-            params,
-            batch["tokens"],
-            batch["segment_ids"],
-            remat=remat,
-            reading=Reading() if shares is None else Reading.of(shares),
-        )
         targets = {"labels": batch["labels"]}
         if teacher_targets is not None:
             targets |= teacher_targets(batch["targets"])
-        flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-        name = "embedding" if config.tied else "unembedding"
-        head = losses.fused_linear if shares is None else _head(shares, name, config.tied)
+        targets = jax.tree.map(_flat, targets)
+        for name, teacher in teachers.items():
+            assert frozen is not None  # `loss_of_rows` hands on what it was asked to
+            targets[name] = teacher.targets(frozen[name], batch)
+        student = _Reader(config, shares)
+        hidden_ND = student.hidden(params, batch, remat)
         with jax.named_scope("head"):
-            return head(
+            return student.head(
                 objective,
-                flat(hidden_BTD),
-                params[name],
-                jax.tree.map(flat, targets),
-                flat(batch["where"]),
+                hidden_ND,
+                params[student.unembedding],
+                targets,
+                _flat(batch["where"]),
                 transposed=config.tied,
                 step=step,
             )
 
-    return loss_of_rows(config, totals, compute_dtype=compute_dtype, mesh=mesh)
-
-
-def _head(shares: parallel.Shares, name: str, tied: bool) -> Callable[..., losses.Totals]:
-    """The fused head for a device's share of the unembedding."""
-    split = shares.split_of(name)
-    vocabulary, embed = split if tied else reversed(split)
-    return functools.partial(
-        losses.fused_linear_of_shares,
-        tokens=shares.rows,
-        embed=embed,
-        vocabulary=vocabulary[0] if vocabulary else None,
-    )
+    return loss_of_rows(config, totals, compute_dtype=compute_dtype, mesh=mesh, frozen=shares)
 
 
 def loss_of_rows(
@@ -85,24 +90,100 @@ def loss_of_rows(
     *,
     compute_dtype: str = "float32",
     mesh: Mesh | None = None,
+    frozen: Mapping[str, parallel.Shares | None] | None = None,
 ) -> LossFn:
     """A loss_fn for `train` from what is to be summed over rows.
 
     Args:
       config: shape of the model that is trained.
-      totals: (params, batch, step, shares) -> losses.Totals of the batch. With `shares` the batch
-        is that of one device, and so are the parameters: see `Reading.of`.
+      totals: (params, batch, step, shares=...) -> losses.Totals of the batch. With `shares` the
+        batch is that of one device, and so are the parameters: see `Reading.of`.
       compute_dtype: type of parameters and activations in the forward and backward pass; gradients
         have the parameters' own.
       mesh: where `train` runs: every device computes with rows of its own, and makes a layer's
         parameters whole when it needs them. None leaves that to the compiler.
+      frozen: other models' names, and `shares_of` them: totals and the loss_fn get their
+        parameters, {name: params}, after the step. They have no gradient.
     """
-    if mesh is not None and parallel.row_shards(mesh) > 1:
-        shares = parallel.Shares(mesh, logical_axes(config), abstract_params(config), compute_dtype)
-        return parallel.over_rows(functools.partial(totals, shares=shares), shares)
+    shares = shares_of(config, compute_dtype, mesh)
+    if shares is not None:
+        specs = {name: its.specs for name, its in (frozen or {}).items() if its is not None}
+        of_rows = functools.partial(totals, shares=shares)
+        return parallel.over_rows(of_rows, shares, *([specs] if specs else []))
 
-    def loss_fn(params: Any, batch: Mapping[str, Any], step: Array) -> losses.Totals:
-        low = jax.tree.map(lambda p: p.astype(compute_dtype), params)
-        return totals(low, batch, step, None)
+    def loss_fn(params: Any, batch: Mapping[str, Any], step: Array, *others: Any) -> losses.Totals:
+        low, others = jax.tree.map(lambda p: p.astype(compute_dtype), (params, others))
+        return totals(low, batch, step, *others, shares=None)
 
     return loss_fn
+
+
+def shares_of(config: LlamaConfig, dtype: str, mesh: Mesh | None) -> parallel.Shares | None:
+    """How a model lies where every device computes with rows of its own; None: it does not."""
+    if mesh is None or parallel.row_shards(mesh) == 1:
+        return None
+    return parallel.Shares(mesh, logical_axes(config), abstract_params(config), dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """A model as it reads a batch inside of the step.
+
+    Attributes:
+      config: its shape.
+      shares: how its parameters lie, if devices hold shares of them and rows of their own.
+    """
+
+    config: LlamaConfig
+    shares: parallel.Shares | None
+
+    @property
+    def unembedding(self) -> str:
+        """The parameter that turns hidden states into logits."""
+        return "embedding" if self.config.tied else "unembedding"
+
+    @property
+    def split(self) -> tuple[tuple[str, ...], ...]:
+        """Mesh axes over which its vocabulary and its channels are split."""
+        assert self.shares is not None
+        split = self.shares.split_of(self.unembedding)
+        return split if self.config.tied else split[::-1]
+
+    @property
+    def head(self) -> Callable[..., losses.Totals]:
+        """The fused head."""
+        if self.shares is None:
+            return losses.fused_linear
+        vocabulary, embed = self.split
+        return functools.partial(
+            losses.fused_linear_of_shares,
+            tokens=self.shares.rows,
+            embed=embed,
+            vocabulary=vocabulary[0] if vocabulary else None,
+        )
+
+    def hidden(self, params: Any, batch: Mapping[str, Any], remat: Remat = "none") -> Array:
+        """Final hidden states [N, D] of a batch's tokens."""
+        hidden_BTD = hidden_states(
+            self.config,
+            params,
+            batch["tokens"],
+            batch["segment_ids"],
+            remat=remat,
+            reading=Reading() if self.shares is None else Reading.of(self.shares),
+        )
+        return _flat(hidden_BTD)
+
+    def targets(self, params: Any, batch: Mapping[str, Any]) -> losses.LiveTargets:
+        """What it says of a batch's tokens as a teacher."""
+        return losses.LiveTargets(
+            self.hidden(params, batch),
+            params[self.unembedding],
+            transposed=self.config.tied,
+            embed=None if self.shares is None else self.split[1],
+        )
+
+
+def _flat(array: Array) -> Array:
+    """[B, T, ...] -> [N, ...]."""
+    return array.reshape(-1, *array.shape[2:])

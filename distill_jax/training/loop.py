@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ def train(
     config: TrainConfig,
     directory: str | os.PathLike[str],
     *,
+    teachers: Mapping[str, Model] | None = None,
     name: str = "train",
     mesh: Mesh | None = None,
     profile: tuple[int, int] | None = None,
@@ -39,11 +40,13 @@ def train(
 
     Args:
       model: where to start.
-      loss_fn: (params, batch, step) -> losses.Totals.
+      loss_fn: (params, batch, step) -> losses.Totals; with `teachers` it gets {name: parameters}
+        of them besides.
       batches: Grain iterator of this process's share of the rows (`parallel.row_share`); every
         leaf of a batch has a leading axis of rows, and "tokens" is among them.
       config: how the run goes.
       directory: where checkpoints, metrics.jsonl, goodput.json and TensorBoard files go.
+      teachers: models that run beside this one; they lie split as it does, and stay as they are.
       name: the stage, for the progress bar.
       mesh: devices; None takes all of them, as one FSDP group.
       profile: the first and the last of the steps that are traced.
@@ -64,7 +67,9 @@ def train(
         Goodput(place) as spent,
         Checkpoints(place / "checkpoints") as checkpoints,
     ):
-        jitted = jit_step(model.params, logical_axes(model.config), loss_fn, config, mesh)
+        frozen = _placed(teachers, mesh)
+        axes = logical_axes(model.config)
+        jitted = jit_step(model.params, axes, loss_fn, config, mesh, *frozen)
         share = parallel.row_share(jitted.rows)
         state = _start(model, jitted, checkpoints, batches)
         first = int(state.step)
@@ -81,7 +86,7 @@ def train(
                 profiler.before(step, state)
                 doing = "compile" if step == first + 1 else "step"
                 with spent.on(doing, step), profiler.annotated(step):
-                    state, metrics = jitted.function(state, batch)
+                    state, metrics = jitted.function(state, batch, *frozen)
                 profiler.after(step, state)
                 # Fetch the step before while the device works on this one.
                 note = _report(writer, pending)
@@ -104,6 +109,16 @@ def train(
     if parallel.is_main():
         print(f"{name}: {account_line(account(read_sessions(place)))}", file=sys.stderr)
     return Model(model.config, state.params)
+
+
+def _placed(teachers: Mapping[str, Model] | None, mesh: Mesh) -> tuple[dict[str, Any], ...]:
+    """What the step gets of the teachers, if there are any."""
+
+    def put(model: Model) -> Any:
+        places = parallel.shardings(mesh, logical_axes(model.config), model.params)
+        return jax.device_put(model.params, places)
+
+    return ({name: put(model) for name, model in teachers.items()},) if teachers else ()
 
 
 def _start(model: Model, jitted: JittedStep, checkpoints: Checkpoints, batches: Any) -> TrainState:

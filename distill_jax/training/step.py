@@ -11,8 +11,9 @@ from jax import Array
 
 from distill_jax.losses import Totals
 
-LossFn = Callable[[Any, Any, Array], Totals]
-"""(params, batch, step) -> sums of loss and weight over the batch."""
+LossFn = Callable[..., Totals]
+"""(params, batch, step, *frozen) -> sums of loss and weight over the batch; `frozen` are trees that
+it reads besides, such as the parameters of a teacher, and that nothing changes."""
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +45,7 @@ def split_rows(batch: Any, parts: int) -> Any:
 
 
 def sum_gradients(
-    loss_fn: LossFn, params: Any, batch: Any, step: Array, parts: int
+    loss_fn: LossFn, params: Any, batch: Any, step: Array, parts: int, *frozen: Any
 ) -> tuple[Any, Totals]:
     """Gradient of the SUM of losses over a batch, taken in `parts` microbatches, and the totals.
 
@@ -53,7 +54,7 @@ def sum_gradients(
 
     def gradients(microbatch: Any) -> tuple[Any, Totals]:
         def loss(params: Any) -> tuple[Array, Totals]:
-            totals = loss_fn(params, microbatch, step)
+            totals = loss_fn(params, microbatch, step, *frozen)
             return totals.loss, totals
 
         grads, totals = jax.grad(loss, has_aux=True)(params)
@@ -76,15 +77,17 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulation: int = 1,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
-    """The function that a run jits: (state, batch) -> (state, metrics).
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """The function that a run jits: (state, batch, *frozen) -> (state, metrics).
 
     The loss is divided once, by the weight of the whole global batch. A batch of no weight
     leaves a zero gradient. Metrics: "loss", "weight", "gradient_norm" and each term's mean.
     """
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        grads, totals = sum_gradients(loss_fn, state.params, batch, state.step, accumulation)
+    def step(state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, Array]]:
+        grads, totals = sum_gradients(
+            loss_fn, state.params, batch, state.step, accumulation, *frozen
+        )
         weight = jnp.maximum(totals.weight, jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: g / weight, grads)
         with jax.named_scope("optimizer"):

@@ -1,0 +1,150 @@
+"""Teachers that read every batch beside the student, inside of the step."""
+
+import dataclasses
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill_jax import losses, models, parallel
+from distill_jax.artifacts import InputError
+from distill_jax.training import TrainConfig, language_model_loss, read_metrics, train
+from distill_jax.training.step import sum_gradients
+
+from .test_loop import Dying, Killed, batches
+
+V, ROWS, TIME, TEMPERATURE = 32, 8, 12, 1.5
+STUDENT = models.LlamaConfig(
+    vocab_size=V, embed=16, mlp=24, layers=2, heads=4, kv_heads=2, head_dim=4, tied=True
+)
+SHAPES = {
+    # Its channels are split over fewer devices than the student's.
+    "large": models.LlamaConfig(
+        vocab_size=V, embed=18, mlp=40, layers=3, heads=2, kv_heads=1, head_dim=8, tied=False
+    ),
+    "small": dataclasses.replace(STUDENT, embed=8, layers=1, heads=2, kv_heads=2),
+}
+OBJECTIVE = losses.weighted_sum(
+    hard=(0.1, losses.hard_labels()),
+    large=(0.5, losses.distill("large", losses.reverse_kl, temperature=TEMPERATURE)),
+    small=(0.4, losses.distill("small", losses.forward_kl)),
+)
+MESHES = ({"data": 2, "fsdp_minor": 2}, {"data": 2, "tensor": 2})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def params(config, seed):
+    """Larger than at a start, so that models have opinions."""
+    return jax.tree.map(lambda x: 4 * x, models.init_params(config, jax.random.key(seed)))
+
+
+def teachers():
+    return {name: params(shape, seed) for seed, (name, shape) in enumerate(SHAPES.items(), 1)}
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    ids = np.ones((ROWS, TIME), np.int32)
+    ids[:, 7:] = 2
+    return {
+        "tokens": rng.integers(0, V, (ROWS, TIME)).astype(np.int32),
+        "labels": rng.integers(0, V, (ROWS, TIME)).astype(np.int32),
+        "segment_ids": ids,
+        "where": (rng.random((ROWS, TIME)) < 0.7).astype(np.float32),
+    }
+
+
+@jax.jit
+def beforehand(student):
+    """The loss by whole logits: of the teachers they are there before."""
+    rows = batch()
+    all_logits = lambda config, params: models.logits(  # noqa: E731
+        config, params, rows["tokens"], rows["segment_ids"]
+    ).reshape(-1, V)
+    dense = {name: all_logits(SHAPES[name], params) for name, params in teachers().items()}
+    targets = {"labels": rows["labels"].reshape(-1), **dense}
+
+    def loss(student):
+        per_token = OBJECTIVE(all_logits(STUDENT, student), targets)
+        return losses.reduce(*per_token, rows["where"].reshape(-1)).loss
+
+    return jax.value_and_grad(loss)(student)
+
+
+def placed(config, params, mesh):
+    return jax.device_put(params, parallel.shardings(mesh, models.logical_axes(config), params))
+
+
+def step(mesh, parts=1, **options):
+    loss = language_model_loss(STUDENT, OBJECTIVE, live=SHAPES, mesh=mesh, **options)
+
+    def gradient(student, frozen):
+        bar, totals = sum_gradients(loss, student, batch(), jnp.int32(0), parts, frozen)
+        return totals.loss, bar
+
+    return jax.jit(gradient)
+
+
+@pytest.mark.parametrize(("sizes", "parts"), [(None, 1), (MESHES[0], 1), (MESHES[1], 2)])
+def test_loss_and_gradient_are_those_of_logits_that_were_there_before(sizes, parts):
+    loss, gradient = beforehand(params(STUDENT, 0))
+    student, frozen = params(STUDENT, 0), teachers()
+    mesh = None
+    if sizes is not None:
+        mesh = parallel.make_mesh(parallel.MeshConfig(**sizes))
+        student = placed(STUDENT, student, mesh)
+        frozen = {name: placed(SHAPES[name], tree, mesh) for name, tree in frozen.items()}
+    actual = step(mesh, parts, remat="full")(student, frozen)
+    np.testing.assert_allclose(actual[0], loss, rtol=1e-5)
+    size = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+    chex.assert_trees_all_close(actual[1], gradient, rtol=1e-5, atol=1e-5 * size)
+
+
+def test_of_teachers_neither_gradients_nor_all_logits_are_made():
+    mesh = parallel.make_mesh(parallel.MeshConfig(data=2, fsdp_minor=2))
+    student = placed(STUDENT, params(STUDENT, 0), mesh)
+    frozen = {name: placed(SHAPES[name], tree, mesh) for name, tree in teachers().items()}
+    text = step(mesh).lower(student, frozen).compile().as_text()
+    assert re.search(rf"\[{TIME},{V}\]", text)  # of the one row of a device
+    assert not re.search(rf"\[{ROWS * TIME},{V}\]", text)
+    scattered = set(re.findall(r"= f32\[(\S*)\]\S* reduce-scatter", text))
+    assert scattered  # of the student
+    assert not [sizes for sizes in scattered if re.search(r"\b(18|9|40)\b", sizes)]
+    loss = language_model_loss(STUDENT, OBJECTIVE, live=SHAPES, mesh=mesh)
+    of_teachers = lambda frozen: loss(student, batch(), jnp.int32(0), frozen).loss  # noqa: E731
+    slopes = jax.jit(jax.grad(of_teachers))(frozen)
+    chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, frozen))
+
+
+def run(directory, iterator=None):
+    teachers_models = {name: models.Model(SHAPES[name], tree) for name, tree in teachers().items()}
+    mesh = parallel.make_mesh(parallel.MeshConfig(), jax.devices()[:2])
+    config = TrainConfig(steps=3, batch_rows=8, checkpoint_every=1)
+    loss_fn = language_model_loss(STUDENT, OBJECTIVE, live=SHAPES, mesh=mesh)
+    student = models.Model(STUDENT, params(STUDENT, 0))
+    iterator = iterator or batches()
+    return train(
+        student, loss_fn, iterator, config, directory, mesh=mesh, teachers=teachers_models
+    ), teachers_models
+
+
+def test_training_resumes_with_the_same_bits_and_leaves_teachers_as_they_are(tmp_path):
+    whole, used = run(tmp_path / "whole")
+    chex.assert_trees_all_equal({name: model.params for name, model in used.items()}, teachers())
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", Dying(batches(), 2))
+    again, _ = run(tmp_path / "killed")
+    chex.assert_trees_all_equal(whole.params, again.params)
+    lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert read_metrics(tmp_path / "killed" / "metrics.jsonl") == lines
+    assert min(lines[0]["large"], lines[0]["small"]) > 0.01
+
+
+def test_another_vocabulary_is_refused():
+    wide = {"large": dataclasses.replace(SHAPES["large"], vocab_size=V + 1)}
+    with pytest.raises(InputError, match=f"teacher large: has {V + 1} token ids, the student {V}"):
+        language_model_loss(STUDENT, OBJECTIVE, live=wide)
