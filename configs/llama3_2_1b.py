@@ -4,6 +4,9 @@ Point LLAMA_3_1_8B and LLAMA_3_1_70B at Hugging Face folders (gs:// works where 
 and CORPUS at JSON lines with a field "text". Meta trained on up to 9T tokens; the steps here are a
 first 100B. Teachers are held, and written once more to the run's directory, in float32: 282 GB for
 70B. `evaluate` holds all models at once.
+
+`--set live=8b` distills from 8B alone, which then runs beside the student, in bfloat16, instead of
+having its distributions stored; `--set live=both` runs both so.
 """
 
 import os
@@ -32,7 +35,10 @@ LLAMA_3_1_70B = os.environ.get("LLAMA_3_1_70B", "Llama-3.1-70B")
 CORPUS = os.environ.get("CORPUS", "corpus.jsonl")
 
 
-def get_config(tokens: Literal["1B", "100B"] = "100B") -> Recipe:
+def get_config(
+    tokens: Literal["1B", "100B"] = "100B", live: Literal["none", "8b", "both"] = "none"
+) -> Recipe:
+    sources = {"8b": LLAMA_3_1_8B} | ({} if live == "8b" else {"70b": LLAMA_3_1_70B})
     batch_rows, sequence_length = 512, 4096
     steps = {"1B": 10**9, "100B": 10**11}[tokens] // (batch_rows * sequence_length)
     return Recipe(
@@ -47,10 +53,7 @@ def get_config(tokens: Literal["1B", "100B"] = "100B") -> Recipe:
             held_out_fraction=0.001,
             held_out_rows=1024,
         ),
-        teachers={
-            "8b": TeacherConfig(source=LLAMA_3_1_8B),
-            "70b": TeacherConfig(source=LLAMA_3_1_70B),
-        },
+        teachers={name: TeacherConfig(source=source) for name, source in sources.items()},
         targets=TargetsConfig(
             schemes={"samples": Threshold(tau=0.04)},
             write=WriteConfig(batch_rows=64, rows_per_shard=4096),
@@ -58,7 +61,7 @@ def get_config(tokens: Literal["1B", "100B"] = "100B") -> Recipe:
         pruned_teacher="8b",
         prune=PruneConfig(target=presets.LLAMA_3_2_1B, sequence_rows=256),
         distill=DistillConfig(
-            terms={"8b": Term(weight=0.45), "70b": Term(weight=0.45)},
+            terms={name: Term(weight=0.9 / len(sources), live=live != "none") for name in sources},
             hard_weight=0.1,
             train=_train(steps, 2e-4, batch_rows=batch_rows),
         ),

@@ -62,7 +62,7 @@ _STAGE_HELP = {
     "targets": "store the teachers' distributions over the training tokens",
     "rounds": "cut and train on the way to the student's size, where the recipe says so",
     "prune": "importance -> plan -> surgery -> repair",
-    "distill": "train the students, and the controls, from the stored targets",
+    "distill": "train the students, and the controls, on what the teachers say",
     "sft": "fine-tune on demonstrations, or conversations of your own",
     "reward-model": "train a judge of answers on preference pairs, where the recipe says so",
     "rejection-sample": "sample answers, let a reward pick, fine-tune on the best",

@@ -78,14 +78,14 @@ class TargetsConfig:
 
     Attributes:
       schemes: store name -> scheme; one forward pass fills them all.
-      temperature: what the logits are divided by.
+      temperature: what the logits are divided by, those of live teachers too.
       write: how the teacher is run.
       reuse: the directory of an earlier run whose stores are of the same teachers, tokenizer,
         schemes and temperature, and of a corpus that this one adds to: rows that they have are
         copied, and teachers asked about the others alone. Decides nothing about the result.
     """
 
-    schemes: Mapping[str, Scheme]
+    schemes: Mapping[str, Scheme] = dataclasses.field(default_factory=dict)
     temperature: float = 1.0
     write: WriteConfig = WriteConfig()
     reuse: str | None = None
@@ -100,12 +100,15 @@ class Term:
       divergence: name of a divergence in `distill_jax.losses`.
       targets: name of the store, a key of `TargetsConfig.schemes`. None: the first unbiased samples
         for forward KL, the first top-k for any other divergence, which samples cannot give.
+      live: the teacher reads every batch beside the student, in the type of its computation, and
+        the loss compares with all of its distribution, instead of with a store.
       options: further keyword arguments of the divergence, such as {"alpha": 0.1}.
     """
 
     weight: float
     divergence: str = "forward_kl"
     targets: str | None = None
+    live: bool = False
     options: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -116,6 +119,8 @@ class Term:
             )
         if not self.weight > 0:
             raise InputError(f"distill.terms: a weight is {self.weight}; it must be positive")
+        if self.live and self.targets is not None:
+            raise InputError("distill.terms: a live teacher reads no store; leave targets out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,8 +141,12 @@ class DistillConfig:
         if not self.hard_weight >= 0:
             raise InputError(f"distill.hard_weight is {self.hard_weight}; it must not be negative")
 
+    def teachers(self, *, live: bool) -> list[str]:
+        """The teachers that run beside the student, or those whose stores are read."""
+        return [name for name, term in self.terms.items() if term.live == live]
+
     def objective(self, temperature: float) -> losses.Objective:
-        """The loss; `temperature` is that of the stored targets."""
+        """The loss; `temperature` is that of the targets."""
         terms = {
             name: (
                 term.weight,
@@ -177,7 +186,7 @@ class Recipe:
       corpus: the text and its rows.
       teachers: name -> teacher, in the order they are made; the first is the one the student is
         compared with first.
-      targets: what is stored of them.
+      targets: what is stored of them, but for those that are live wherever they teach.
       pruned_teacher: name of the teacher that is cut.
       rounds: cuts and trainings before the student's own, for more than half of the parameters
         at once are hard to recover from (NVIDIA): the first cuts `pruned_teacher`, each later one,
@@ -198,7 +207,7 @@ class Recipe:
     tokenizer: TokenizerConfig
     corpus: CorpusConfig
     teachers: Mapping[str, TeacherConfig]
-    targets: TargetsConfig
+    targets: TargetsConfig = TargetsConfig()
     pruned_teacher: str
     rounds: tuple[Round, ...] = ()
     prune: PruneConfig
@@ -235,6 +244,7 @@ class Recipe:
             for name in distill.terms:
                 if name not in self.teachers:
                     raise InputError(f"{field}.terms: {name!r} is none of the teachers {made}")
+            for name in distill.teachers(live=False):
                 self.store(name, field)
 
     @property

@@ -30,6 +30,8 @@ ROWS = (
     ("1B on v5p", "llama3_2_1b", IDS_64, "distill", "v5p:4x4x8", 4, "dots"),
     ("1B on v6e", "llama3_2_1b", IDS_64, "distill", "v6e:16x16", 4, "dots"),
     ("3B, one row", "llama3_2_3b", IDS_64, "distill", "v5e:16x16", 1, "full"),
+    ("1B, live 8B", "llama3_2_1b", ("live=8b",), "distill", "v5e:16x16", 1, "full"),
+    ("1B, live 8B and 70B", "llama3_2_1b", ("live=both",), "distill", "v5e:16x16", 1, "full"),
     ("70B's targets", "llama3_2_1b", (), "targets", "v5e:16x16", 1, None),
     ("1B, sft", "llama3_2_1b", (), "sft", "v5e:16x16", 1, "full"),
     ("1B, dpo", "llama3_2_1b", (), "dpo", "v5e:16x16", 1, "full"),

@@ -10,7 +10,7 @@ and students take 320 steps of 1,024 of these tokens. Students start from the te
 seed draws which rows they see, and in what order. They minimise forward KL alone (or --hard-weight
 of cross-entropy with the text, and the rest KL) to what they are given of the teacher:
 
-- dense: all logits, of the teacher itself at every step;
+- dense: all logits, of the teacher itself, which runs beside the student;
 - threshold: `Threshold` samples, with one tau at which a token has 12 ids on average;
 - random_sampling: as many ids on average, drawn with replacement;
 - top_k: the 12 likeliest ids, and the mass of the others;
@@ -175,37 +175,17 @@ def _some_logits(teacher: models.Model, corpus: data.Corpus) -> jax.Array:
     return logits_BTV[segment_ids_BT > 0]
 
 
-class _ForTheTeacher:
-    """A corpus whose rows carry what a teacher reads where others carry stored targets."""
-
-    def __init__(self, corpus: data.Corpus):
-        self._corpus = corpus
-
-    def __len__(self) -> int:
-        return len(self._corpus)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._corpus[index]
-        return {**record, "targets": {name: record[name] for name in ("tokens", "segment_ids")}}
-
-
 def _student(run: context.Run, way: str, seed: int, place: epath.Path) -> dict[str, Any]:
     """Trains a student from the pruned start, and compares it with its teacher."""
     train = dataclasses.replace(run.recipe.distill.train, seed=seed)
     teacher, start = run.load(context.teacher(TEACHER)), run.load(context.PRUNE)
     rows: data.RowSource = run.corpus("train")
     objective = run.recipe.distill.objective(temperature=1.0)
-    teacher_targets = None
+    teacher_targets, live = None, {}
     if way == "cross_entropy":
         objective = losses.weighted_sum(hard=(1.0, losses.hard_labels()))
     elif way == "dense":
-        rows = _ForTheTeacher(run.corpus("train"))
-
-        def teacher_targets(read: Mapping[str, Any]) -> dict[str, Any]:
-            tokens_BT, segment_ids_BT = read["tokens"], read["segment_ids"]
-            return {
-                TEACHER: models.logits(teacher.config, teacher.params, tokens_BT, segment_ids_BT)
-            }
+        live = {TEACHER: teacher.config}
     else:
         store = teachers.open_store(run.directory / _STORES / way.removesuffix("_alone"))
         rows = teachers.join(run.corpus("train"), {TEACHER: store})
@@ -215,9 +195,13 @@ def _student(run: context.Run, way: str, seed: int, place: epath.Path) -> dict[s
             return {TEACHER: _alone(targets) if way.endswith("_alone") else targets}
 
     loss_fn = training.language_model_loss(
-        start.config, objective, teacher_targets=teacher_targets, mesh=run.mesh
+        start.config,
+        objective,
+        teacher_targets=teacher_targets,
+        live=live,
+        mesh=run.mesh,
     )
-    run.train(place, start, loss_fn, rows, train)
+    run.train(place, start, loss_fn, rows, train, {name: context.teacher(name) for name in live})
     student = models.load(place)
     compared = evaluation.evaluate(
         {TEACHER: teacher, "student": student},

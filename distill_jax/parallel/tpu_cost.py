@@ -15,6 +15,9 @@ from distill_jax.parallel import hlo
 from distill_jax.parallel.topology import Chip
 
 _SUMMED = ("runs", "seconds", "waits", "bytes")
+# Of the peak, that Pallas calls are taken to reach. A head of 64 channels fills half of a matrix
+# unit, and attention waits for its exponentials.
+_KERNEL_SHARE, _NARROW_SHARE, _WIDE = 0.5, 0.3, 128
 _IRREGULAR = {"gather", "scatter", "sort", "dynamic-update-slice", "kernel"}
 
 
@@ -110,7 +113,6 @@ def estimate(
     compiled: Any,
     chip: Chip,
     *,
-    kernel_share: float = 0.5,
     parts: Sequence[str] = (),
     heaviest: int = 0,
 ) -> Cost:
@@ -119,7 +121,6 @@ def estimate(
     Args:
       compiled: `jax.stages.Compiled` for a TPU, or what its `as_text()` gives.
       chip: what it would run on.
-      kernel_share: share of `chip.flops` that Pallas calls are taken to reach.
       parts: named scopes (`jax.named_scope`) for which the time is told apart; an instruction is
         the innermost one's.
       heaviest: how many of the instructions that take most are listed, and of the collectives.
@@ -134,7 +135,7 @@ def estimate(
     collectives: defaultdict[str, Collectives] = defaultdict(Collectives)
     listed, travels = [], []
     text = compiled if isinstance(compiled, str) else compiled.as_text()
-    for one in priced(text, chip, kernel_share=kernel_share):
+    for one in priced(text, chip):
         if one.category in ("collective", "hidden"):
             seconds["collective"] += one.waits
             seconds["hidden"] += one.seconds - one.waits
@@ -168,13 +169,14 @@ def estimate(
             f"along one axis of the slice, a ring from {chip.ring} on; a larger one along two",
             "asynchronous copies cost nothing, asynchronous collectives what they take longer than "
             "the work between their start and end; of a conditional all branches count",
-            f"Pallas calls reach {kernel_share:.0%} of {chip.flops / 1e12:g} TFLOP/s; of splash "
-            "attention the half of its products counts that a causal mask leaves",
+            f"Pallas calls reach {_KERNEL_SHARE:.0%} of {chip.flops / 1e12:g} TFLOP/s, with heads "
+            f"of fewer than {_WIDE} channels {_NARROW_SHARE:.0%}; of splash attention the half of "
+            "its products counts that a causal mask leaves",
         ),
     )
 
 
-def priced(text: str, chip: Chip, *, kernel_share: float = 0.5) -> Iterator[Priced]:
+def priced(text: str, chip: Chip) -> Iterator[Priced]:
     """Every instruction of compiled HLO that takes time or may do so, each collective once.
 
     A matrix product that the compiler let an asynchronous collective ride on is two of them.
@@ -184,7 +186,7 @@ def priced(text: str, chip: Chip, *, kernel_share: float = 0.5) -> Iterator[Pric
     """
     program = hlo.Program(text)
     order = list(program.executed())
-    work = [_work(op, around, chip, kernel_share) for op, _, around in order]
+    work = [_work(op, around, chip) for op, _, around in order]
     flights = _flights(program, order, work)
     for place, (op, runs, around) in enumerate(order):
         collective, scattered = program.collective(op)
@@ -216,21 +218,20 @@ class _Work(NamedTuple):
     seconds: float
 
 
-def _work(op: hlo.Op, around: hlo.Computation, chip: Chip, kernel_share: float) -> _Work:
+def _work(op: hlo.Op, around: hlo.Computation, chip: Chip) -> _Work:
     if cycles := hlo.number(r'"estimated_cycles":"(\d+)"', op.rest):
         return _Work("compute", cycles / chip.clock)
-    flops = _kernel_flops(op, around) if hlo.KERNEL in op.rest else 0.0
-    return _Work("kernel", flops / (kernel_share * chip.flops))
+    return _Work("kernel", _kernel_flops(op, around) / chip.flops if hlo.KERNEL in op.rest else 0.0)
 
 
 def _kernel_flops(op: hlo.Op, around: hlo.Computation) -> float:
-    """Operations of a Pallas call: those that it states, or those of JAX's splash attention.
+    """Operations that the chip could do while a Pallas call runs.
 
-    Each of that one's matrix products is of queries [..., T, C] with keys of as many tokens, half
-    of which are masked.
+    They come from those that it states, or those of JAX's splash attention. Each of that one's
+    matrix products is of queries [..., T, C] with keys of as many tokens, half of which are masked.
     """
     if stated := hlo.number(r'"flops":"?(\d+)', op.rest):
-        return stated
+        return stated / _KERNEL_SHARE
     found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", op.scope)
     types = [around[name].type for name in op.operands if name in around]
     query = next(filter(None, map(_array, types)), None)
@@ -241,7 +242,9 @@ def _kernel_flops(op: hlo.Op, around: hlo.Computation) -> float:
     fused = any(len(array) > len(query) for array in results)
     products = {"fwd": 2, "dq": 3, "dkv": 5 if fused else 4}[found[1]]
     time = max(results, key=len)[-2]  # queries and keys may come transposed
-    return products * 2 * math.prod(query) * time / 2
+    wide = math.prod(query[-2:]) >= _WIDE * time
+    share = _KERNEL_SHARE if wide else _NARROW_SHARE
+    return products * 2 * math.prod(query) * time / 2 / share
 
 
 def _array(type_: str) -> list[int] | None:

@@ -16,7 +16,6 @@ from distill_jax.planning.program import (
     Choice,
     Program,
     described,
-    kernel_share_of,
     rows_at_a_time,
 )
 from distill_jax.planning.shapes import placed_layer, placed_params, teacher_shape
@@ -116,7 +115,6 @@ class _Cut:
             batch=self.rows // parallel.row_shards(self.mesh),
             tokens=tokens,
             flops=flops,
-            kernel_share=kernel_share_of(self.plan.source),
             total_tokens=float(rows) * self.length if rows else None,
             notes=(*self.notes, *notes),
         )

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from distill_jax import models, parallel
+from distill_jax import parallel
 from distill_jax.artifacts import InputError
 from distill_jax.models.llama import Remat
 
@@ -51,7 +51,6 @@ class Program:
       remat: what the backward pass recomputes; "none" where there is none.
       tokens: of one execution.
       flops: of one execution by formula, without what is computed twice.
-      kernel_share: share of the peak that Pallas calls are taken to reach.
       total_tokens: of all executions of the stage; None if the recipe does not say.
       notes: what was assumed.
     """
@@ -65,15 +64,8 @@ class Program:
     remat: Remat = "none"
     tokens: int
     flops: float
-    kernel_share: float
     total_tokens: float | None = None
     notes: tuple[str, ...] = ()
-
-
-def kernel_share_of(shape: models.LlamaConfig) -> float:
-    """The share of the peak that attention's kernels are taken to reach."""
-    # A head of 64 channels fills half of a matrix unit, and attention waits for its exponentials.
-    return 0.3 if shape.head_dim < 128 else 0.5
 
 
 def rows_at_a_time(own: int, choice: Choice, mesh: Mesh, field: str) -> int:

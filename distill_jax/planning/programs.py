@@ -22,7 +22,6 @@ from distill_jax.planning.program import (
     Program,
     Stage,
     described,
-    kernel_share_of,
     rows_at_a_time,
 )
 from distill_jax.planning.shapes import placed_params, student_shape, teacher_shape
@@ -30,6 +29,7 @@ from distill_jax.posttraining.rows import to_record
 from distill_jax.recipe import PostTrainingConfig, Recipe
 from distill_jax.stages import posttraining as stages_of_posttraining
 from distill_jax.stages import students
+from distill_jax.stages.context import stored_teachers
 from distill_jax.teachers.rows import inputs
 
 
@@ -69,25 +69,32 @@ def _distill(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
     train = _chosen(recipe.distill.train, choice, mesh, "distill.train")
     shape, notes = student_shape(recipe)
     length = recipe.corpus.sequence_length
+    record, live = _corpus_row(length), {}
+    for name in recipe.distill.teachers(live=True):
+        live[name], assumed = teacher_shape(recipe, name)
+        notes += tuple(note for note in assumed if note not in notes)
     stored = {
         name: teachers.blank_row(
             recipe.targets.schemes[recipe.store(name)], length, shape.vocab_size
         )
-        for name in recipe.distill.terms
+        for name in recipe.distill.teachers(live=False)
     }
-    ids = ", ".join(f"{name} {arrays['ids'].shape[-1]}" for name, arrays in stored.items())
+    if stored:
+        ids = ", ".join(f"{name} {arrays['ids'].shape[-1]}" for name, arrays in stored.items())
+        notes += (f"stored ids of a token are as many as their scheme can keep: {ids}",)
+        record |= {"targets": stored}
     changed = dataclasses.replace(recipe, distill=dataclasses.replace(recipe.distill, train=train))
     program = _training(
         "distill",
         shape,
-        students.distill_loss(changed, "distill", shape, mesh),
-        _corpus_row(length) | {"targets": stored},
+        students.distill_loss(changed, "distill", shape, mesh, live),
+        record,
         train,
         mesh,
         context=length,
+        live=live,
     )
-    notes += (f"stored ids of a token are as many as their scheme can keep: {ids}", ONE_DOCUMENT)
-    return [_finished(program, recipe.distill.train, notes)]
+    return [_finished(program, recipe.distill.train, (*notes, ONE_DOCUMENT))]
 
 
 def _sft(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
@@ -126,24 +133,32 @@ def _training(
     mesh: Mesh,
     *,
     context: int,
+    live: Mapping[str, models.LlamaConfig] | None = None,
 ) -> Program:
     """The step of `training.train` on rows like `record`, in which tokens see up to `context`."""
     params, axes = models.abstract_params(shape), models.logical_axes(shape)
-    jitted = training.jit_step(params, axes, loss_fn, train, mesh)
+    held = {n: placed_params(one, mesh, train.compute_dtype) for n, one in (live or {}).items()}
+    frozen = (held,) if held else ()
+    taught = sum(one.flops_per_token(context) for one in (live or {}).values())
+    jitted = training.jit_step(params, axes, loss_fn, train, mesh, *frozen)
     batch = _batch(record, train.batch_rows, jitted.rows)
     tokens = batch["tokens"].size
     state = jitted.state
     return Program(
         name=name,
-        lower=lambda: jitted.function.lower(state, batch),
-        held={"parameters": state.params, "optimizer": state.opt_state, "batch": batch},
+        lower=lambda: jitted.function.lower(state, batch, *frozen),
+        held={
+            "parameters": state.params,
+            "optimizer": state.opt_state,
+            "teachers": held,
+            "batch": batch,
+        },
         mesh=mesh,
         rows=train.batch_rows,
         batch=train.batch_rows // train.accumulation // parallel.row_shards(mesh),
         remat=train.remat,
         tokens=tokens,
-        flops=3 * shape.flops_per_token(context) * tokens,
-        kernel_share=kernel_share_of(shape),
+        flops=(3 * shape.flops_per_token(context) + taught) * tokens,
     )
 
 
@@ -160,7 +175,9 @@ def _finished(program: Program, train: training.TrainConfig, notes: tuple[str, .
 
 
 def _targets(recipe: Recipe, choice: Choice, mesh: Mesh, *, teacher: str | None) -> list[Program]:
-    shapes = {name: teacher_shape(recipe, name) for name in recipe.teachers}
+    shapes = {name: teacher_shape(recipe, name) for name in stored_teachers(recipe)}
+    if not shapes:
+        raise InputError("targets: of no teacher any are stored")
     if teacher is None:
         teacher = max(shapes, key=lambda name: shapes[name][0].parameters)
     if teacher not in shapes:
@@ -196,7 +213,6 @@ def _targets(recipe: Recipe, choice: Choice, mesh: Mesh, *, teacher: str | None)
             batch=rows // parallel.row_shards(mesh),
             tokens=rows * length,
             flops=shape.flops_per_token(length) * rows * length,
-            kernel_share=kernel_share_of(shape),
             total_tokens=None if known is None else float(known) * length,
             notes=(*notes, ONE_DOCUMENT),
         )

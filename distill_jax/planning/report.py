@@ -47,7 +47,7 @@ class Report:
       largest: the largest of these arrays, or, of what does not fit, those that the compiler's
         refusal lists: [bytes, what and where from].
       flops: of one step by formula, of all chips: 6 a parameter and token and causal attention
-        (a forward pass alone: 2), nothing counted twice.
+        (a forward pass alone, such as a live teacher's: 2), nothing counted twice.
       tokens: of one step, of all chips.
       total_tokens: of the stage in the recipe; None if it does not say.
       step: modelled seconds of a step; the next four are its parts.
@@ -201,7 +201,6 @@ def make_report(program: Program, topology: Topology, compiled: Any) -> Report:
         cost = tpu_cost.estimate(
             compiled,
             topology.chip,
-            kernel_share=program.kernel_share,
             parts=PARTS,
             heaviest=_HEAVIEST,
         )

@@ -1,8 +1,10 @@
 """The shapes of a recipe's models, whether or not their files are here."""
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distill_jax import models, parallel
@@ -61,9 +63,9 @@ def known_teachers(recipe: Recipe) -> list[models.LlamaConfig | None]:
     return found
 
 
-def placed_params(shape: models.LlamaConfig, mesh: Mesh) -> models.Params:
+def placed_params(shape: models.LlamaConfig, mesh: Mesh, dtype: Any = jnp.float32) -> models.Params:
     """Parameters as `models.load` places them."""
-    params = models.abstract_params(shape)
+    params = models.abstract_params(shape, dtype)
     shardings = parallel.shardings(mesh, models.logical_axes(shape), params)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings

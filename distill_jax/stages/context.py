@@ -63,10 +63,11 @@ class Run:
         )
         return models.Model(config, initialise(jax.random.key(seed)))
 
-    def load(self, stage: str) -> models.Model:
+    def load(self, stage: str, dtype: str = "float32") -> models.Model:
         """The model that a stage left, spread over the mesh."""
-        config = models.load_config(self.directory / stage)
-        return models.load(self.directory / stage, shardings=self.shardings(config))
+        place = self.directory / stage
+        shardings = self.shardings(models.load_config(place))
+        return models.load(place, dtype=dtype, shardings=shardings)
 
     def shardings(self, config: models.LlamaConfig) -> Any:
         """Where the parameters of a model of this shape live."""
@@ -87,14 +88,16 @@ class Run:
         loss_fn: training.LossFn,
         rows: data.RowSource,
         config: training.TrainConfig,
+        teachers: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Trains a model on rows, leaves it in `place`, and returns the run's figures.
 
         A model that stands there whole was trained by an earlier call, killed while it cleaned up.
+        `teachers` are the stages that left those that run beside it, by name.
         """
         name = str(place.relative_to(self.directory))
         if not parallel.on_main(lambda: models.is_saved(place), what=name):
-            self.save(place, self._trained(name, model, loss_fn, rows, config))
+            self.save(place, self._trained(name, model, loss_fn, rows, config, teachers or {}))
 
         def figures() -> dict[str, Any]:
             # What only served to go on after a kill need not stay on disk.
@@ -111,6 +114,7 @@ class Run:
         loss_fn: training.LossFn,
         rows: data.RowSource,
         config: training.TrainConfig,
+        teachers: Mapping[str, str],
     ) -> models.Model:
         share = parallel.row_share(parallel.batch_sharding(self.mesh))
         batches = data.batches(
@@ -126,6 +130,7 @@ class Run:
             batches,
             config,
             self.directory / name,
+            teachers={key: self.load(of, config.compute_dtype) for key, of in teachers.items()},
             name=name,
             mesh=self.mesh,
             profile=self.profile,
@@ -140,6 +145,15 @@ def teacher(name: str) -> str:
 def targets(name: str) -> str:
     """The stage that stores a teacher's distributions."""
     return f"targets/{name}"
+
+
+def stored_teachers(recipe: Recipe) -> list[str]:
+    """The teachers of which targets are stored: all but those that are live wherever they teach."""
+    trainings = recipe.trainings.values()
+    live = {name for distill in trainings for name in distill.teachers(live=True)}
+    read = {name for distill in trainings for name in distill.teachers(live=False)}
+    known = recipe.teachers if recipe.targets.schemes else ()
+    return [name for name in known if name in read or name not in live]
 
 
 def round_start(number: int) -> str:

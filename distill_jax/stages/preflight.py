@@ -92,7 +92,7 @@ def _check_reward(config: posttraining.RejectionConfig, teachers: Collection[str
 
 
 def _check_objective(recipe: Recipe, field: str, vocab_size: int) -> None:
-    """Traces the loss on the kinds of targets that the recipe stores."""
+    """Traces the loss on the kinds of targets that the recipe gives it."""
     stored = {
         "ids": jnp.zeros((1, 1), jnp.int32),
         "log_probs": jnp.zeros((1, 1)),
@@ -105,7 +105,8 @@ def _check_objective(recipe: Recipe, field: str, vocab_size: int) -> None:
     for scheme in recipe.targets.schemes.values():
         scheme.columns(vocab_size)
     distill = recipe.trainings[field]
-    for name in distill.terms:
+    targets |= {name: jnp.zeros((1, vocab_size)) for name in distill.teachers(live=True)}
+    for name in distill.teachers(live=False):
         scheme = recipe.targets.schemes[recipe.store(name, field)]
         targets[name] = teachers.to_targets(scheme, stored, temperature=temperature)
     logits = jax.ShapeDtypeStruct((1, vocab_size), jnp.float32)

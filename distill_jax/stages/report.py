@@ -40,7 +40,7 @@ def stages(run: Run) -> list[Stage]:
     inputs = [
         *context.round_stages(recipe),
         PRUNE,
-        *map(context.targets, recipe.teachers),
+        *map(context.targets, context.stored_teachers(recipe)),
         *map(context.student, recipe.seeds),
         *(context.control(kind, seed) for kind in recipe.controls for seed in recipe.seeds),
         *context.posttraining_stages(recipe),
@@ -179,7 +179,8 @@ def _curve_metrics(recipe: Recipe) -> list[tuple[str, str]]:
     metrics = [("hard", "Cross-entropy on the training text")]
     for name, term in recipe.distill.terms.items():
         divergence = term.divergence.replace("_", " ").replace("kl", "KL")
-        metrics.append((name, f"{divergence} to teacher {name}, from stored targets"))
+        source = "which reads along" if term.live else "from stored targets"
+        metrics.append((name, f"{divergence} to teacher {name}, {source}"))
     return metrics
 
 
@@ -197,7 +198,7 @@ def _prompt(prompt: Mapping[str, Any], names: Mapping[str, str]) -> evaluation.P
 
 def _stored_targets(run: Run) -> list[evaluation.StoredTargets]:
     found = []
-    for name in run.recipe.teachers:
+    for name in context.stored_teachers(run.recipe):
         place = run.directory / context.targets(name)
         for store in pipeline.read_manifest(place)["figures"]:
             look = teachers.describe(place / store)
@@ -220,7 +221,7 @@ def _finished(run: Run) -> list[evaluation.FinishedStage]:
     recipe = run.recipe
     names = [
         CORPUS,
-        *map(context.targets, recipe.teachers),
+        *map(context.targets, context.stored_teachers(recipe)),
         *context.round_stages(recipe),
         *dict.fromkeys([*context.model_stages(recipe), *context.posttraining_stages(recipe)]),
         EVALUATE,

@@ -31,17 +31,17 @@ def stages(run: Run) -> list[Stage]:
                 name=source,
                 command=context.ROUNDS,
                 recipe={"distill": to_json(one.distill)},
-                inputs=(CORPUS, start, *_stored(one.distill)),
+                inputs=(CORPUS, start, *_taught_by(one.distill)),
                 work=functools.partial(_distill, run, field, seed, start),
             )
         )
     made.append(_cut(run, PRUNE, PRUNE, recipe.prune, source))
-    stored = _stored(recipe.distill)
+    taught_by = _taught_by(recipe.distill)
     described = to_json(recipe.distill)
     # Controls without teachers do not depend on how teachers are weighed.
     inputs: Mapping[Control, tuple[str, ...]] = {
         "cross_entropy": (CORPUS, PRUNE),
-        "random_start": (CORPUS, PRUNE, *stored),
+        "random_start": (CORPUS, PRUNE, *taught_by),
     }
     descriptions: Mapping[Control, Any] = {
         "cross_entropy": {"train": described["train"]},
@@ -53,7 +53,7 @@ def stages(run: Run) -> list[Stage]:
                 name=context.student(seed),
                 command="distill",
                 recipe={"distill": described, "seed": seed},
-                inputs=(CORPUS, PRUNE, *stored),
+                inputs=(CORPUS, PRUNE, *taught_by),
                 work=functools.partial(_distill, run, "distill", seed, PRUNE),
             )
         )
@@ -81,8 +81,10 @@ def _cut(run: Run, name: str, command: str, config: PruneConfig, source: str) ->
     )
 
 
-def _stored(distill: DistillConfig) -> tuple[str, ...]:
-    return tuple(context.targets(name) for name in distill.terms)
+def _taught_by(distill: DistillConfig) -> tuple[str, ...]:
+    """The stages that left the targets, and the teachers that run beside the student."""
+    stored, live = (distill.teachers(live=live) for live in (False, True))
+    return *map(context.targets, stored), *map(context.teacher, live)
 
 
 def _prune(run: Run, config: PruneConfig, source: str, place: epath.Path) -> dict[str, Any]:
@@ -109,12 +111,12 @@ def _prune(run: Run, config: PruneConfig, source: str, place: epath.Path) -> dic
 
 
 def _distill(run: Run, field: str, seed: int, start: str, place: epath.Path) -> dict[str, Any]:
-    return _train_on_targets(run, field, seed, run.load(start), place)
+    return _train_by_teachers(run, field, seed, run.load(start), place)
 
 
 def _random_start(run: Run, seed: int, place: epath.Path) -> dict[str, Any]:
     model = run.init(models.load_config(run.directory / PRUNE), seed)
-    return _train_on_targets(run, "distill", seed, model, place)
+    return _train_by_teachers(run, "distill", seed, model, place)
 
 
 def _cross_entropy(run: Run, seed: int, place: epath.Path) -> dict[str, Any]:
@@ -133,44 +135,63 @@ _CONTROLS: Mapping[Control, Any] = {
 }
 
 
-def _train_on_targets(
+def _train_by_teachers(
     run: Run, field: str, seed: int, model: models.Model, place: epath.Path
 ) -> dict[str, Any]:
-    """Trains on the text and the stored targets, as a field of the recipe says.
+    """Trains on the text and what teachers say, as a field of the recipe says.
 
-    No teacher is in memory.
+    Of the teachers only live ones are in memory.
     """
     recipe = run.recipe
     distill = recipe.trainings[field]
     train = dataclasses.replace(distill.train, seed=seed)
-    stores = {
-        name: teachers.open_store(run.directory / context.targets(name) / recipe.store(name, field))
-        for name in distill.terms
-    }
-    rows: data.RowSource = teachers.join(
-        run.corpus("train"),
-        stores,
-        vocab_size=model.config.vocab_size,
-        temperature=recipe.targets.temperature,
-    )
+    corpus = run.corpus("train")
+    rows: data.RowSource = corpus
+    if names := _stores(recipe, field):
+        stores = {
+            name: teachers.open_store(run.directory / context.targets(name) / store)
+            for name, store in names.items()
+        }
+        rows = teachers.join(
+            corpus,
+            stores,
+            vocab_size=model.config.vocab_size,
+            temperature=recipe.targets.temperature,
+        )
+    live = {name: context.teacher(name) for name in distill.teachers(live=True)}
+    shapes = {name: models.load_config(run.directory / stage) for name, stage in live.items()}
+    loss_fn = distill_loss(recipe, field, model.config, run.mesh, shapes)
+    return run.train(place, model, loss_fn, rows, train, live)
 
-    loss_fn = distill_loss(recipe, field, model.config, run.mesh)
-    return run.train(place, model, loss_fn, rows, train)
+
+def _stores(recipe: Recipe, field: str) -> dict[str, str]:
+    """The names of the stores that a training reads, by teacher."""
+    names = recipe.trainings[field].teachers(live=False)
+    return {name: recipe.store(name, field) for name in names}
 
 
 def distill_loss(
-    recipe: Recipe, field: str, shape: models.LlamaConfig, mesh: Mesh
+    recipe: Recipe,
+    field: str,
+    shape: models.LlamaConfig,
+    mesh: Mesh,
+    live: Mapping[str, models.LlamaConfig],
 ) -> training.LossFn:
-    """The loss of a training on stored targets.
+    """The loss of a training by teachers.
 
     Args:
       recipe: whose stores are read.
       field: a key of `Recipe.trainings`.
       shape: of the student.
       mesh: where it is trained.
+      live: the shapes of the teachers that run beside it.
+
+    Raises:
+      InputError: one of them has another vocabulary.
     """
     distill, temperature = recipe.trainings[field], recipe.targets.temperature
-    schemes = {name: recipe.targets.schemes[recipe.store(name, field)] for name in distill.terms}
+    stores = _stores(recipe, field)
+    schemes = {name: recipe.targets.schemes[store] for name, store in stores.items()}
 
     def teacher_targets(stored: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -183,6 +204,7 @@ def distill_loss(
         distill.objective(temperature),
         remat=distill.train.remat,
         compute_dtype=distill.train.compute_dtype,
-        teacher_targets=teacher_targets,
+        teacher_targets=teacher_targets if schemes else None,
+        live=live,
         mesh=mesh,
     )

@@ -16,7 +16,7 @@ from distill_jax.stages.context import CORPUS, Run
 
 
 def stages(run: Run) -> list[Stage]:
-    """Two stages a teacher: its parameters, then its stored targets.
+    """Two stages a teacher: its parameters, then its stored targets, if anybody reads such.
 
     Raises:
       InputError: there is nothing to reuse where the recipe says.
@@ -39,15 +39,16 @@ def stages(run: Run) -> list[Stage]:
                 work=functools.partial(_make_teacher, run, config),
             )
         )
-        made.append(
-            Stage(
-                name=context.targets(name),
-                command="targets",
-                recipe=recipe,
-                inputs=(CORPUS, context.teacher(name)),
-                work=functools.partial(_write_targets, run, name, reused.get(name, {})),
+        if name in context.stored_teachers(run.recipe):
+            made.append(
+                Stage(
+                    name=context.targets(name),
+                    command="targets",
+                    recipe=recipe,
+                    inputs=(CORPUS, context.teacher(name)),
+                    work=functools.partial(_write_targets, run, name, reused.get(name, {})),
+                )
             )
-        )
     return made
 
 
@@ -93,7 +94,7 @@ def _earlier_stores(run: Run) -> dict[str, dict[str, list[epath.Path]]]:
             for scheme in run.recipe.targets.schemes
             if (place / context.targets(name) / scheme / teachers.MANIFEST).exists()
         }
-        for name in run.recipe.teachers
+        for name in context.stored_teachers(run.recipe)
     }
     if not any(found.values()):
         raise InputError(f"targets.reuse: {reuse} has no finished store of the recipe's teachers")

@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from teachers import known
 
 from distill_jax import (
@@ -319,3 +320,38 @@ def test_teachers_that_are_not_here_have_the_shape_that_their_names_speak_of(mon
     )
     with pytest.raises(InputError, match=r"teachers\.8b: somewhere/unknown is not here"):
         programs(recipe, "prune")
+
+
+def test_live_teachers_are_held_and_their_forward_passes_counted(recipe):
+    """Of the stored teacher ids are read; of the live one all parameters, in the step's type."""
+    overrides = [
+        "size=test",
+        "distill.terms.large.live=true",
+        "distill.train.compute_dtype=bfloat16",
+    ]
+    live = load_recipe(TINY, overrides)
+    choice = Choice(batch=1, mesh=parallel.MeshConfig(data=2, tensor=2))
+    (program,) = programs(live, "distill", choice=choice)
+    (without,) = programs(recipe, "distill", choice=choice)
+    shape, length = recipe.teachers["large"].shape, recipe.corpus.sequence_length
+    assert program.held["teachers"].keys() == {"large"}
+    held = program.held["teachers"]["large"]
+    assert described(held) == described(models.abstract_params(shape, "bfloat16"))
+    assert held["layers"]["mlp"]["gate"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert program.held["batch"]["targets"].keys() == {"small"}
+    assert without.held["batch"]["targets"].keys() == {"small", "large"}
+    assert program.flops - without.flops == shape.flops_per_token(length) * 4 * length
+    assert "module" in program.lower().as_text()[:20]
+    assert planning.report.shard_bytes(program.held["teachers"]) > shape.parameters * 2 / 4
+
+
+def test_targets_of_live_teachers_are_not_planned(recipe):
+    live = load_recipe(TINY, ["size=test", "distill.terms.large.live=true"])
+    (program,) = programs(live, "targets", choice=Choice(batch=1))
+    assert program.name == "targets small"
+    with pytest.raises(InputError, match="--teacher: 'large' is none of small"):
+        programs(live, "targets", choice=Choice(batch=1), teacher="large")
+    terms = {n: dataclasses.replace(one, live=True) for n, one in live.distill.terms.items()}
+    alone = dataclasses.replace(live, distill=dataclasses.replace(live.distill, terms=terms))
+    with pytest.raises(InputError, match="targets: of no teacher any are stored"):
+        programs(alone, "targets", choice=Choice(batch=1))

@@ -40,7 +40,6 @@ def a_program(**changes):
         "remat": "full",
         "tokens": 16 * 1024,
         "flops": 3e15,
-        "kernel_share": 0.5,
         "total_tokens": 1e9,
         "notes": ("a note",),
     }
