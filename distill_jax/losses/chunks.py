@@ -23,17 +23,18 @@ _TILE_ELEMENTS = 2**22  # of the unembedding's gradient: 16 MiB
 _LEAST_CHUNK, _MOST_CHUNK = 256, 2048
 
 
-def default_chunk(tokens: int, embed: int) -> int:
+def default_chunk(tokens: int, embed: int, live: int = 0) -> int:
     """How many tokens to take at a time: half as many as the hidden state has channels.
 
     A chunk's logits and their gradient, 2 chunk V values, are then no larger than the gradient of
     the unembedding, D V values, which has to be held anyway: whatever the vocabulary, the head
-    needs at most twice that. The chunk stays between 256 tokens, below which adding up that
+    needs at most twice that. The logits of `live` teachers count as well, which makes chunks
+    smaller: D / (2 + live) tokens. The chunk stays between 256 tokens, below which adding up that
     gradient costs more than the products that make it, and 2048, beyond which larger ones only cost
     memory. The tokens are then split evenly, in multiples of 16 (the rows of a tile on a TPU), so
     that little of the last chunk is padding.
     """
-    most = min(max(embed // 2, _LEAST_CHUNK), _MOST_CHUNK)
+    most = min(max(embed // (2 + live), _LEAST_CHUNK), _MOST_CHUNK)
     if tokens <= most:
         return max(tokens, 1)
     even = -(-tokens // -(-tokens // most))

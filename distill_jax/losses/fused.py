@@ -109,10 +109,10 @@ class Layout(NamedTuple):
         embed = self.embed if live.embed is None else live.embed
         return self._replace(order=order_of(live.transposed), embed=embed)
 
-    def chunks(self, hidden_ND: jax.Array, rows: dict[str, Any]) -> walk.Chunks:
-        """One device's tokens, cut up."""
+    def chunks(self, hidden_ND: jax.Array, rows: dict[str, Any], live: int) -> walk.Chunks:
+        """One device's tokens, cut up; `live` teachers read them."""
         tokens, embed = hidden_ND.shape
-        chunk = walk.default_chunk(tokens, embed) if self.chunk is None else self.chunk
+        chunk = walk.default_chunk(tokens, embed, live) if self.chunk is None else self.chunk
         return walk.Chunks((hidden_ND, rows), min(chunk, max(tokens, 1)))
 
 
@@ -122,7 +122,7 @@ def fused(objective, layout, hidden_ND, unembedding, rows, heads, step) -> Total
     unembedding = _gather(layout, unembedding, hidden_ND.dtype)
     hidden_ND, unembedding = _same_dtype(hidden_ND, unembedding)
     heads = _whole_heads(layout, rows, heads)
-    chunks = layout.chunks(hidden_ND, rows)
+    chunks = layout.chunks(hidden_ND, rows, len(heads))
 
     def body(index):
         chunk_ND, chunk_rows = chunks.take(index)
@@ -138,7 +138,7 @@ def _fused_forward(objective, layout, hidden_ND, unembedding, rows, heads, step)
     unembedding = _gather(layout, unembedding, dtypes[0])
     hidden_ND, unembedding = _same_dtype(hidden_ND, unembedding)
     heads = _whole_heads(layout, rows, heads)
-    chunks = layout.chunks(hidden_ND, rows)
+    chunks = layout.chunks(hidden_ND, rows, len(heads))
     # Elsewhere the compiler may have spread the tokens.
     local = layout.vocabulary is None and bool(layout.tokens or _varying(hidden_ND))
 

@@ -256,6 +256,8 @@ def test_default_chunk():
     assert losses.default_chunk(8192, 64) == 256
     assert losses.default_chunk(1025, 2048) == 528  # two chunks, not 1024 and 1
     assert losses.default_chunk(896, 512) == 224  # four, without padding
+    assert losses.default_chunk(4096, 2048, live=1) == 592  # with a teacher's logits: D / 3
+    assert losses.default_chunk(4096, 2048, live=2) == 512
 
 
 @pytest.mark.parametrize("vocabulary", [256, 300])

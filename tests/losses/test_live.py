@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distill_jax import losses
+from distill_jax.losses import chunks
 
 from . import oracles
 from .test_fused_work import _shapes
@@ -149,6 +150,13 @@ def test_holds_the_logits_of_one_chunk_and_multiplies_each_once():
         sizes = [int(np.prod(shape)) for shape in _shapes(jaxpr.jaxpr) if V in shape]
         assert max(sizes) == CHUNK * V
         assert str(jaxpr).count("dot_general") == products
+
+
+def test_blocks_of_a_chunk_see_their_own_rows_of_a_teacher(monkeypatch):
+    chosen = objective("skewed_reverse_kl")
+    expected = value_and_gradients(unfused, chosen, problem())
+    monkeypatch.setattr(chunks, "_CACHED_ELEMENTS", 2 * V)  # two rows of a chunk
+    chex.assert_trees_all_close(one_device(chosen, problem()), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_teacher_has_no_gradient():

@@ -12,7 +12,13 @@ import pytest
 
 from distill_jax import losses, models, parallel
 from distill_jax.artifacts import InputError
-from distill_jax.training import TrainConfig, language_model_loss, read_metrics, train
+from distill_jax.training import (
+    TrainConfig,
+    jit_step,
+    language_model_loss,
+    read_metrics,
+    train,
+)
 from distill_jax.training.step import sum_gradients
 
 from .test_loop import Dying, Killed, batches
@@ -118,6 +124,23 @@ def test_of_teachers_neither_gradients_nor_all_logits_are_made():
     of_teachers = lambda frozen: loss(student, batch(), jnp.int32(0), frozen).loss  # noqa: E731
     slopes = jax.jit(jax.grad(of_teachers))(frozen)
     chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, frozen))
+
+
+def test_the_step_consumes_its_state_and_no_teacher():
+    mesh = parallel.make_mesh()
+    student = models.abstract_params(STUDENT)
+    frozen = {name: placed(SHAPES[name], tree, mesh) for name, tree in teachers().items()}
+    jitted = jit_step(
+        student,
+        models.logical_axes(STUDENT),
+        language_model_loss(STUDENT, OBJECTIVE, live=SHAPES, mesh=mesh),
+        TrainConfig(steps=1),
+        mesh,
+        frozen,
+    )
+    arguments, _ = jitted.function.lower(jitted.state, batch(), frozen).args_info
+    donated = [{leaf.donated for leaf in jax.tree.leaves(tree)} for tree in arguments]
+    assert donated == [{True}, {False}, {False}]
 
 
 def run(directory, iterator=None):
