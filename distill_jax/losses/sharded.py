@@ -43,7 +43,7 @@ def sharded_fused_linear(
       hidden_ND: [N, D], N divisible by the devices of `tokens`.
       unembedding: [D, V], D divisible by the devices of `embed`. Its dtype may be wider than the
         hidden state's; its gradient then is so too.
-      targets: as in `fused_linear`; the unembeddings of `LiveTargets` are split as this one.
+      targets: as in `fused_linear`; unembeddings of `LiveTargets` lie split as this one.
       where: as in `fused_linear`.
       transposed: as in `fused_linear`.
       mesh: the mesh, of `Auto` axes; those that are not named below must not split the arrays.
