@@ -21,8 +21,6 @@ from distill_jax.training import (
 )
 from distill_jax.training.step import sum_gradients
 
-from .test_loop import Dying, Killed, batches
-
 V, ROWS, TIME, TEMPERATURE = 32, 8, 12, 1.5
 STUDENT = models.LlamaConfig(
     vocab_size=V, embed=16, mlp=24, layers=2, heads=4, kv_heads=2, head_dim=4, tied=True
@@ -143,28 +141,23 @@ def test_the_step_consumes_its_state_and_no_teacher():
     assert donated == [{True}, {False}, {False}]
 
 
-def run(directory, iterator=None):
-    teachers_models = {name: models.Model(SHAPES[name], tree) for name, tree in teachers().items()}
+def test_training_takes_teachers_wherever_they_are_and_leaves_them_so(tmp_path):
     mesh = parallel.make_mesh(parallel.MeshConfig(), jax.devices()[:2])
-    config = TrainConfig(steps=3, batch_rows=8, checkpoint_every=1)
-    loss_fn = language_model_loss(STUDENT, OBJECTIVE, live=SHAPES, mesh=mesh)
-    student = models.Model(STUDENT, params(STUDENT, 0))
-    iterator = iterator or batches()
-    return train(
-        student, loss_fn, iterator, config, directory, mesh=mesh, teachers=teachers_models
-    ), teachers_models
-
-
-def test_training_resumes_with_the_same_bits_and_leaves_teachers_as_they_are(tmp_path):
-    whole, used = run(tmp_path / "whole")
-    chex.assert_trees_all_equal({name: model.params for name, model in used.items()}, teachers())
-    with pytest.raises(Killed):
-        run(tmp_path / "killed", Dying(batches(), 2))
-    again, _ = run(tmp_path / "killed")
-    chex.assert_trees_all_equal(whole.params, again.params)
-    lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
-    assert read_metrics(tmp_path / "killed" / "metrics.jsonl") == lines
-    assert min(lines[0]["large"], lines[0]["small"]) > 0.01
+    whole = {name: models.Model(SHAPES[name], tree) for name, tree in teachers().items()}
+    train(
+        models.Model(STUDENT, params(STUDENT, 0)),
+        language_model_loss(STUDENT, OBJECTIVE, live=SHAPES, mesh=mesh),
+        iter([batch()]),
+        TrainConfig(steps=1, batch_rows=ROWS),
+        tmp_path,
+        teachers=whole,
+        mesh=mesh,
+    )
+    chex.assert_trees_all_equal({name: model.params for name, model in whole.items()}, teachers())
+    loss, _ = beforehand(params(STUDENT, 0))
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["loss"] == pytest.approx(float(loss) / batch()["where"].sum(), rel=1e-5)
+    assert min(line["large"], line["small"]) > 0.01
 
 
 def test_another_vocabulary_is_refused():
