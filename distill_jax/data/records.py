@@ -20,6 +20,10 @@ BadRows = Literal["refuse", "skip"]
 """What becomes of a record that cannot be used."""
 
 
+RECORDS = (".jsonl", ".parquet")
+"""What the files of a folder of records end in; others are left alone."""
+
+
 class Rejects:
     """Refuses the first record that cannot be used, or skips and remembers all of them.
 
@@ -68,15 +72,15 @@ def read_records(
     if is_tfds(place):
         return _read_tfds(place, split)
     if place.is_dir():
-        files = sorted(p for p in place.iterdir() if p.suffix in (".jsonl", ".parquet"))
+        files = sorted(p for p in place.iterdir() if p.suffix in RECORDS)
         if not files:
             raise InputError(f"{source}: no .jsonl or .parquet file inside, and no TFDS dataset")
     elif place.suffix in _READERS:
         files = [place]
     else:
         raise InputError(
-            f"{source}: records are a .jsonl, .json or .parquet file, a folder of such files, or a "
-            "TFDS dataset"
+            f"{source}: records are a .jsonl, .json or .parquet file, a folder of .jsonl and "
+            ".parquet files, or a TFDS dataset"
         )
     return itertools.chain.from_iterable(_READERS[p.suffix](p, rejects) for p in files)
 

@@ -7,7 +7,7 @@ from etils import epath
 
 from distill_jax import artifacts
 from distill_jax.artifacts import InputError
-from distill_jax.data.records import Placed, read_records
+from distill_jax.data.records import RECORDS, Placed, read_records
 
 
 def read_texts(source: str | os.PathLike[str], *, field: str = "text") -> Iterator[str]:
@@ -18,12 +18,18 @@ def read_texts(source: str | os.PathLike[str], *, field: str = "text") -> Iterat
       field: which field of each record holds the text.
 
     Raises:
-      InputError: nothing is there, a record cannot be read or lacks the field, or a file is not
-        UTF-8.
+      InputError: nothing is there, a folder holds both kinds, a record cannot be read or lacks the
+        field, or a file is not UTF-8.
     """
     place = artifacts.resolve(source)
-    paths = sorted(place.iterdir()) if place.is_dir() else [place]
-    paths = [path for path in paths if path.suffix == ".txt"]
+    inside = sorted(place.iterdir()) if place.is_dir() else [place]
+    paths = [path for path in inside if path.suffix == ".txt"]
+    records = [path for path in inside if path.suffix in RECORDS]
+    if paths and records:
+        raise InputError(
+            f"{source}: texts are in {paths[0].name} or in {records[0].name}; a folder holds .txt "
+            "files or records, not both"
+        )
     texts = map(_read_text, paths) if paths else _read_field(read_records(source), field)
     return (text.strip() for text in texts if text.strip())
 

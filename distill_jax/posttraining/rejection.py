@@ -82,6 +82,11 @@ class RejectionConfig:
                 f"RejectionConfig.reward is {self.reward!r}; it is one of {', '.join(known)}, "
                 "teacher:NAME, or FILE.py:FUNCTION"
             )
+        if self.reward == REWARD_MODEL and self.threshold is not None:
+            raise InputError(
+                f"RejectionConfig.threshold is {self.threshold}, but a reward model's scores are "
+                "known but for a constant; None lets the best answer be chosen"
+            )
         if self.teacher is not None and self.threshold is not None and self.threshold > 0:
             raise InputError(
                 f"RejectionConfig.threshold is {self.threshold}, and no log-probability is above "
@@ -145,7 +150,7 @@ def sample(
     """
     repeated = [problem for problem in problems for _ in range(config.samples)]
     seeds = [
-        seed_of(config.seed, task.name, problem.prompt, index)
+        seed_of(config.seed, task.name, *_before(problem), problem.prompt, index)
         for problem in problems
         for index in range(config.samples)
     ]
@@ -182,13 +187,18 @@ def sample(
     return records
 
 
+def _before(problem: Problem) -> list[str]:
+    """What tells apart conversations that end in the same question."""
+    return [artifacts.fingerprint(list(problem.before))] if problem.before else []
+
+
 class Choice(NamedTuple):
     """Indices of the samples of a problem.
 
     Attributes:
       kept: those that are good enough, the best first, each text once.
       chosen: the best of them, or None.
-      rejected: the worst of all, if it is worse than the chosen, else None.
+      rejected: the worst of all that say something else, if it is worse than the chosen, or None.
     """
 
     kept: list[int]
@@ -216,9 +226,16 @@ def choose(samples: Sequence[dict[str, Any]], threshold: float | None) -> Choice
     for index in sorted(good, key=lambda index: (-samples[index]["score"], index)):
         texts.setdefault(samples[index]["text"].strip(), index)
     kept = list(texts.values())
-    worst = min(said, key=lambda index: samples[index]["score"])
-    worse = samples[worst]["score"] < samples[kept[0]]["score"]
-    return Choice(kept, kept[0], worst if worse else None)
+    best = samples[kept[0]]
+    # A judge may score one text twice, and not alike.
+    worse = [
+        index
+        for index in said
+        if samples[index]["score"] < best["score"]
+        and samples[index]["text"].strip() != best["text"].strip()
+    ]
+    worst = min(worse, key=lambda index: samples[index]["score"], default=None)
+    return Choice(kept, kept[0], worst)
 
 
 def write_samples(
@@ -233,8 +250,8 @@ def write_samples(
     """`sample` over all problems, into `directory`/samples.jsonl; returns its figures.
 
     Each batch of problems is committed as a file of its own, so that a later call goes on where
-    an earlier one was killed and ends with the same bytes. Of several processes all draw, and the
-    first writes.
+    an earlier one was killed and ends with the same bytes, if the reward gives the same scores. Of
+    several processes all draw, and the first writes.
 
     Raises:
       InputError: the directory holds samples of other problems or settings, or a score is not a

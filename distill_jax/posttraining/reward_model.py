@@ -21,6 +21,7 @@ from distill_jax.data import Tokenizer
 from distill_jax.models import LlamaConfig, Model, Reading, hidden_states
 from distill_jax.models.llama import Remat
 from distill_jax.posttraining.answers import seed_of
+from distill_jax.posttraining.chat import end_of_turn
 from distill_jax.posttraining.pairs import ROW, Pair, PairConfig
 from distill_jax.posttraining.rewards import Reward, by_model
 from distill_jax.posttraining.rows import Record
@@ -49,9 +50,22 @@ class RewardModelConfig(PairConfig):
         return seed_of(*pair.prompt) < self.held_out * 2**31
 
 
-def reward_token(tokenizer: Tokenizer) -> int:
-    """The token whose logit is the score: the one that pads, which no answer needs."""
-    return tokenizer.pad_id
+def reward_token(tokenizer: Tokenizer, template: str | None = None) -> int:
+    """The token whose logit is the score: the one that pads, or else the one that opens texts.
+
+    It is never the token that ends a turn, whose embedding is read where the score is made.
+
+    Raises:
+      InputError: the tokenizer has no such token.
+    """
+    end = end_of_turn(tokenizer, template)
+    for token in (tokenizer.pad_id, tokenizer.bos_id):
+        if token is not None and token != end:
+            return token
+    raise InputError(
+        "reward model: the tokenizer has no token for its score: what ends a turn also pads, and "
+        "nothing opens a text"
+    )
 
 
 def scores(
@@ -113,7 +127,7 @@ def reward_of(
     model: Model, tokenizer: Tokenizer, template: str | None = None, *, rows_per_batch: int = 8
 ) -> Reward:
     """What a reward model gives to answers. They are tokenised anew."""
-    token = reward_token(tokenizer)
+    token = reward_token(tokenizer, template)
 
     def of_rows(params: Any, row: Mapping[str, Array]) -> Array:
         return scores(model.config, params, row, token)

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import runpy
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -76,8 +77,8 @@ def load_function(name: str) -> Reward:
         found = runpy.run_path(os.fspath(resolve(path))).get(function)
     except InputError:
         raise
-    except Exception as error:
-        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{path}: {_told(error)}") from error
     if not callable(found):
         raise InputError(f"{path}: has no function {function!r}")
     return found
@@ -136,6 +137,13 @@ def by_model(
     return reward
 
 
+def _told(error: BaseException) -> str:
+    """An error of somebody else's code in a line, with the place it came from."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message} ({last.filename}, line {last.lineno})"
+
+
 def judge(
     name: str, of: Judge, problems: Sequence[Problem], completions: Sequence[str]
 ) -> list[float]:
@@ -149,8 +157,8 @@ def judge(
         scores = [float(one) for one in of(problems, completions)]
     except InputError:
         raise
-    except Exception as error:  # a user's function
-        raise InputError(f"reward {name}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a user's function
+        raise InputError(f"reward {name}: {_told(error)}") from error
     if len(scores) != len(problems):
         raise InputError(f"reward {name}: {len(scores)} scores of {len(problems)} answers")
     for one, problem, completion in zip(scores, problems, completions, strict=True):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -92,7 +93,16 @@ def _train(
     rows: Sequence[Any],
     config: training.TrainConfig,
 ) -> dict[str, Any]:
-    """Trains on a few rows: a set smaller than a batch is repeated whole until it fills one."""
+    """Trains on a few rows: a set smaller than a batch is repeated whole until it fills one.
+
+    Raises:
+      InputError: processes read other rows.
+    """
+    digest = hashlib.sha256(b"".join(row["tokens"].tobytes() for row in rows)).hexdigest()
+    if len(set(parallel.gather(digest, what=f"the rows of {place.name}"))) > 1:
+        raise InputError(
+            f"{place.name}: hosts read different rows; give all of them the same files"
+        )
     repeats = -(-config.batch_rows // len(rows))
     figures = run.train(place, model, loss_fn, [*rows] * repeats, config)
     if parallel.is_main():
@@ -139,7 +149,7 @@ def _reward_model(
     learnt = [pair for pair in pairs if not config.reward_model.is_held_out(pair)]
     if not learnt:
         raise InputError(f"{place.name}: all {len(pairs)} pairs are held out; there are too few")
-    token, pad_id = posttraining.reward_token(run.tokenizer), run.tokenizer.pad_id
+    token, pad_id = posttraining.reward_token(run.tokenizer, template), run.tokenizer.pad_id
     rows = posttraining.pair_rows(learnt, config.reward_model, pad_id=pad_id)
     train = _given(config.reward_train)
     loss_fn = posttraining.reward_loss(
@@ -201,10 +211,17 @@ def _judge(run: Run, config: PostTrainingConfig) -> posttraining.Judge:
             posttraining.reward_of(run.load(REWARD), run.tokenizer, rejection.template)
         )
     if rejection.function is not None:
-        return posttraining.by_reward(posttraining.load_function(rejection.function))
+        return posttraining.by_reward(_on_main(posttraining.load_function(rejection.function)))
     if rejection.reward == posttraining.TASK:
         return posttraining.by_program(_task(config).scorer)
     return posttraining.by_program(posttraining.VERIFIERS[rejection.reward])
+
+
+def _on_main(reward: posttraining.Reward) -> posttraining.Reward:
+    """A user's function, called by one process: it may cost money, or not give the same twice."""
+    return lambda *asked: parallel.on_main(
+        lambda: [float(score) for score in reward(*asked)], what="the rewards"
+    )
 
 
 def _dpo(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) -> dict[str, Any]:

@@ -29,6 +29,9 @@ def test_a_folder_gives_its_texts_by_name(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     assert list(read_texts(tmp_path)) == ["a.txt", "b.txt"]
     assert list(read_texts(tmp_path / "b.txt")) == ["b.txt"]
+    (tmp_path / "z.jsonl").touch()
+    with pytest.raises(InputError, match=r"texts are in a\.txt or in z\.jsonl"):
+        read_texts(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import dataclasses
 import pathlib
 import signal
 import subprocess
@@ -38,26 +39,31 @@ TASK = Task(name="echo", train=PROBLEMS, held_out=PROBLEMS, scorer=score)
 
 
 def drawn(*scores: float, **changed) -> list[dict]:
-    return [{"text": "x", "finished": True, "score": score, **changed} for score in scores]
+    return [
+        {"text": f"answer {index}", "finished": True, "score": score, **changed}
+        for index, score in enumerate(scores)
+    ]
 
 
 @pytest.mark.parametrize(
     ("samples", "expected"),
     [
         (drawn(0.0, 1.0, 0.5), ([1], 1, 0)),
-        (drawn(0.5, 1.0, 0.0, 1.0, 0.0), ([1], 1, 2)),
-        (drawn(1.0, 1.0), ([0], 0, None)),
+        (drawn(0.5, 1.0, 0.0, 1.0, 0.0), ([1, 3], 1, 2)),
+        (drawn(1.0, 1.0), ([0, 1], 0, None)),
         (drawn(0.9, 0.0), ([], None, None)),
         (drawn(1.0, 0.0, finished=False), ([], None, None)),
         (drawn(1.0, 0.0, text=" \n"), ([], None, None)),
         ([*drawn(0.0, text=""), *drawn(1.0, 0.5)], ([1], 1, 2)),
-        ([*drawn(1.0), *drawn(0.0, finished=False)], ([0], 0, 1)),
+        ([*drawn(1.0), *drawn(0.0, text="b", finished=False)], ([0], 0, 1)),
         ([], ([], None, None)),
         # Several that are good enough: the best first, and each text once.
         (
             [*drawn(1.0, text="a"), *drawn(3.0, 0.0, text="b"), *drawn(1.0, text=" a ")],
-            ([1, 0], 1, 2),
+            ([1, 0], 1, 0),
         ),
+        # Of one text and two scores no pair is made.
+        (drawn(2.0, 1.0, text="a"), ([0], 0, None)),
         ([*drawn(1.0, text="a"), *drawn(3.0, text="b", finished=False)], ([0], 0, None)),
     ],
 )
@@ -66,7 +72,16 @@ def test_the_best_is_chosen_and_the_worst_rejected(samples, expected):
 
 
 def test_without_a_threshold_the_best_is_chosen_however_bad():
-    assert choose(drawn(-7.5, -2.0, -9.0), threshold=None) == ([1], 1, 2)
+    assert choose(drawn(-7.5, -2.0, -9.0), threshold=None) == ([1, 0, 2], 1, 2)
+
+
+def test_conversations_that_end_alike_have_seeds_of_their_own(tokenizer, monkeypatch):
+    monkeypatch.setattr(rejection, "answer", fake_answer)
+    turns = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"})
+    asked = (PROBLEMS[0], dataclasses.replace(PROBLEMS[0], before=turns))
+    records = rejection.sample(None, tokenizer, TASK, asked, CONFIG)
+    seeds = [one["seed"] for record in records for one in record["samples"]]
+    assert len(set(seeds)) == len(seeds) == 8
 
 
 @pytest.mark.slow
@@ -261,5 +276,7 @@ def test_a_reward_may_take_the_place_of_the_task(tokenizer, monkeypatch):
 
 def test_a_threshold_that_no_log_probability_reaches_is_refused():
     RejectionConfig(reward="teacher:large", threshold=None)
+    with pytest.raises(InputError, match=r"threshold is 1\.0, but a reward model's scores are"):
+        RejectionConfig(reward="reward_model")
     with pytest.raises(InputError, match=r"threshold is 1\.0, and no log-probability is above 0"):
         RejectionConfig(reward="teacher:large")

@@ -119,6 +119,16 @@ def test_as_a_reward_it_scores_the_text_and_its_end(tokenizer, random_model):
         np.testing.assert_allclose(score, logits[reward_token(tokenizer)], rtol=1e-4, atol=1e-5)
 
 
+def test_the_score_is_never_read_from_what_ends_a_turn(tokenizer, monkeypatch):
+    assert reward_token(tokenizer) == tokenizer.pad_id
+    monkeypatch.setattr(tokenizer, "pad_id", end_of_turn(tokenizer))
+    monkeypatch.setattr(tokenizer, "bos_id", 7)
+    assert reward_token(tokenizer) == 7
+    monkeypatch.setattr(tokenizer, "bos_id", None)
+    with pytest.raises(InputError, match="no token for its score"):
+        reward_token(tokenizer)
+
+
 def test_pairs_of_one_prompt_are_held_out_together():
     config = RewardModelConfig(pairs="a.jsonl", held_out=0.25)
     pairs = [Pair([index], [1], [2]) for index in range(400)]

@@ -86,9 +86,20 @@ def test_a_function_comes_from_a_file(tmp_path):
         load_function(f"{path}:WEIGHT")
     with pytest.raises(InputError, match=r"other\.py: no such file"):
         load_function(f"{tmp_path}/other.py:length")
-    path.write_text("1 / 0\n")
-    with pytest.raises(InputError, match=r"mine\.py: ZeroDivisionError: division by zero"):
+    path.write_text("\n1 / 0\n")
+    with pytest.raises(InputError, match=r"mine\.py: ZeroDivisionError: division .*py, line 2\)$"):
         load_function(f"{path}:length")
+    path.write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(InputError, match=r"mine\.py: SystemExit: 3 "):
+        load_function(f"{path}:length")
+
+
+def test_an_error_of_a_reward_is_one_line_that_says_where():
+    def broken(problems, completions):
+        raise ValueError("a\n b")
+
+    with pytest.raises(InputError, match=r"^reward mine: ValueError: a b \(.*py, line \d+\)$"):
+        rewards.judge("mine", broken, [PROBLEM], ["4"])
 
 
 def test_log_likelihood_is_the_mean_over_the_answer_and_its_end(tokenizer, random_model):

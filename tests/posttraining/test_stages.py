@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from scipy.special import log_softmax
 
-from distill_jax import models, stages
+from distill_jax import models, parallel, stages
 from distill_jax.artifacts import InputError
 from distill_jax.posttraining import answers, encode_pair, read_samples, rejection
 from distill_jax.recipe import Recipe, TokenizerConfig, load_recipe
@@ -144,6 +144,26 @@ def test_a_known_tokenizer_tells_lengths_before_any_work(tokenizer, tmp_path):
     known = dataclasses.replace(recipe, tokenizer=TokenizerConfig(source=str(tmp_path)))
     with pytest.raises(InputError, match=r"line 2: \d+ tokens do not fit in 128"):
         preflight.check(known)
+
+
+def test_a_length_counts_where_there_is_a_stage_for_it():
+    with pytest.raises(InputError, match=r"posttraining\.dpo\.sequence_length: 513 is more"):
+        preflight.check(recipe_of("dpo.sequence_length=513"))
+    preflight.check(recipe_of("dpo.sequence_length=513", "dpo_train=null"))
+    recipe = recipe_of("reward_model.sequence_length=513", "reward_model.pairs=pairs.jsonl")
+    train = recipe.posttraining.sft_train
+    judged = dataclasses.replace(recipe.posttraining, reward_train=train)
+    with pytest.raises(InputError, match=r"posttraining\.reward_model\.sequence_length: 513 is"):
+        preflight.check(dataclasses.replace(recipe, posttraining=judged))
+
+
+def test_rows_that_differ_from_host_to_host_are_refused(run, tmp_path, monkeypatch):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(conversation("2 + 2?", "4"))
+    place, stage = works(run(alone(f"sft.data={path}")))[context.SFT]
+    monkeypatch.setattr(parallel, "gather", lambda value, **_: [value, "another"])
+    with pytest.raises(InputError, match="sft: hosts read different rows"):
+        stage.work(place)
 
 
 def kl_by_hand(policy, reference, sequences) -> float:
@@ -331,5 +351,5 @@ def test_a_reward_model_needs_its_training_and_its_pairs(change, message):
         dataclasses.replace(
             config,
             reward_train=train,
-            rejection=dataclasses.replace(config.rejection, reward=reward),
+            rejection=dataclasses.replace(config.rejection, reward=reward, threshold=None),
         )
