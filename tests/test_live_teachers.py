@@ -15,6 +15,7 @@ from distill_jax import data, models, pipeline
 from distill_jax.artifacts import InputError
 from distill_jax.recipe import TargetsConfig, load_recipe
 from distill_jax.stages import Run, all_stages, preflight
+from distill_jax.teachers import WriteConfig
 from distill_jax.training import read_metrics
 
 TINY = pathlib.Path(__file__).parents[1] / "configs" / "tiny.py"
@@ -51,6 +52,14 @@ def run(tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def whole(run):
+    """The metrics of an undisturbed training, in the directory "whole"."""
+    figures = stages(run)[STUDENT].work(run.directory / "whole")
+    assert figures["steps"] == 4
+    return read_metrics(run.directory / "whole" / "metrics.jsonl")
+
+
 def test_a_live_teacher_is_read_where_a_store_would_be(run):
     found = stages(run)
     assert [name for name in found if name.startswith("targets/")] == ["targets/small"]
@@ -59,13 +68,9 @@ def test_a_live_teacher_is_read_where_a_store_would_be(run):
 
 
 def test_the_first_loss_is_the_definition_and_a_killed_training_ends_with_the_same_bits(
-    run, monkeypatch
+    run, whole, monkeypatch
 ):
     work = stages(run)[STUDENT].work
-    figures = work(run.directory / "whole")
-    assert figures["steps"] == 4
-    lines = read_metrics(run.directory / "whole" / "metrics.jsonl")
-
     batch = next(data.batches(run.corpus("train"), batch_rows=8, seed=0))
     student, teacher = (models.load(run.directory / stage) for stage in ("prune", "teachers/large"))
     log_q, log_p = (
@@ -82,20 +87,20 @@ def test_the_first_loss_is_the_definition_and_a_killed_training_ends_with_the_sa
     reverse = TEMPERATURE**2 * np.sum(np.exp(log_q) * (log_q - log_p), axis=-1)
     expected = np.average(reverse, weights=batch["where"])
     assert expected > 0.1
-    assert lines[0]["large"] == pytest.approx(expected, rel=1e-4)
+    assert whole[0]["large"] == pytest.approx(expected, rel=1e-4)
 
-    whole = data.batches
-    monkeypatch.setattr(data, "batches", lambda *a, **k: Dying(whole(*a, **k), 3))
+    undisturbed = data.batches
+    monkeypatch.setattr(data, "batches", lambda *a, **k: Dying(undisturbed(*a, **k), 3))
     with pytest.raises(Killed):
         work(run.directory / "killed")
     monkeypatch.undo()
     work(run.directory / "killed")
-    assert read_metrics(run.directory / "killed" / "metrics.jsonl") == lines
+    assert read_metrics(run.directory / "killed" / "metrics.jsonl") == whole
     ends = [models.load(run.directory / name).params for name in ("whole", "killed")]
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
-def test_a_bfloat16_computation_reads_the_teacher_in_bfloat16(run, monkeypatch):
+def test_a_bfloat16_computation_reads_the_teacher_in_bfloat16(run, whole, monkeypatch):
     loaded = {}
     load = Run.load
 
@@ -113,9 +118,9 @@ def test_a_bfloat16_computation_reads_the_teacher_in_bfloat16(run, monkeypatch):
         for stage, model in loaded.items()
     }
     assert types == {"prune": {"float32"}, "teachers/large": {"bfloat16"}}
-    lines = [read_metrics(run.directory / name / "metrics.jsonl")[0] for name in ("low", "whole")]
-    assert lines[0]["large"] == pytest.approx(lines[1]["large"], rel=0.05)
-    assert lines[0]["large"] != lines[1]["large"]
+    (line,) = read_metrics(run.directory / "low" / "metrics.jsonl")
+    assert line["large"] == pytest.approx(whole[0]["large"], rel=0.05)
+    assert line["large"] != whole[0]["large"]
 
 
 @functools.cache
@@ -136,6 +141,19 @@ def test_where_all_teachers_are_live_nothing_is_stored(tmp_path):
     assert set(names["report"].inputs) <= names.keys()
     with pytest.raises(InputError, match="the recipe has no stage 'targets'"):
         pipeline.run(list(names.values()), epath.Path(tmp_path), command="targets")
+
+
+def test_of_targets_that_nobody_stores_only_the_temperature_matters(tmp_path):
+    recipes = [
+        dataclasses.replace(live_alone(), targets=TargetsConfig(temperature=one)) for one in (1, 2)
+    ]
+    found = [stages(Run(recipe, epath.Path(tmp_path))) for recipe in recipes]
+    for name in (STUDENT, "controls/random_start/seed-0"):
+        assert found[0][name].recipe != found[1][name].recipe
+    name = "controls/cross_entropy/seed-0"
+    assert found[0][name].recipe == found[1][name].recipe
+    unused = TargetsConfig(write=WriteConfig(batch_rows=3))  # no share for each of eight devices
+    preflight.check(dataclasses.replace(live_alone(), targets=unused))
 
 
 def test_what_a_live_teacher_cannot_do_is_told():

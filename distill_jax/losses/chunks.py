@@ -29,10 +29,10 @@ def default_chunk(tokens: int, embed: int, live: int = 0) -> int:
     A chunk's logits and their gradient, 2 chunk V values, are then no larger than the gradient of
     the unembedding, D V values, which has to be held anyway: whatever the vocabulary, the head
     needs at most twice that. The logits of `live` teachers count as well, which makes chunks
-    smaller: D / (2 + live) tokens. The chunk stays between 256 tokens, below which adding up that
-    gradient costs more than the products that make it, and 2048, beyond which larger ones only cost
-    memory. The tokens are then split evenly, in multiples of 16 (the rows of a tile on a TPU), so
-    that little of the last chunk is padding.
+    smaller: D / (2 + live) tokens; their unembeddings come on top. The chunk stays between 256
+    tokens, below which adding up that gradient costs more than the products that make it, and 2048,
+    beyond which larger ones only cost memory. The tokens are then split evenly, in multiples of 16
+    (the rows of a tile on a TPU), so that little of the last chunk is padding.
     """
     most = min(max(embed // (2 + live), _LEAST_CHUNK), _MOST_CHUNK)
     if tokens <= most:

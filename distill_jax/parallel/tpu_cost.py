@@ -221,17 +221,17 @@ class _Work(NamedTuple):
 def _work(op: hlo.Op, around: hlo.Computation, chip: Chip) -> _Work:
     if cycles := hlo.number(r'"estimated_cycles":"(\d+)"', op.rest):
         return _Work("compute", cycles / chip.clock)
-    return _Work("kernel", _kernel_flops(op, around) / chip.flops if hlo.KERNEL in op.rest else 0.0)
+    return _Work("kernel", _kernel_seconds(op, around, chip) if hlo.KERNEL in op.rest else 0.0)
 
 
-def _kernel_flops(op: hlo.Op, around: hlo.Computation) -> float:
-    """Operations that the chip could do while a Pallas call runs.
+def _kernel_seconds(op: hlo.Op, around: hlo.Computation, chip: Chip) -> float:
+    """Of a Pallas call, from the operations that it states, or those of JAX's splash attention.
 
-    They come from those that it states, or those of JAX's splash attention. Each of that one's
-    matrix products is of queries [..., T, C] with keys of as many tokens, half of which are masked.
+    Each of that one's matrix products is of queries [..., T, C] with keys of as many tokens, half
+    of which are masked.
     """
     if stated := hlo.number(r'"flops":"?(\d+)', op.rest):
-        return stated / _KERNEL_SHARE
+        return stated / (_KERNEL_SHARE * chip.flops)
     found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", op.scope)
     types = [around[name].type for name in op.operands if name in around]
     query = next(filter(None, map(_array, types)), None)
@@ -242,9 +242,9 @@ def _kernel_flops(op: hlo.Op, around: hlo.Computation) -> float:
     fused = any(len(array) > len(query) for array in results)
     products = {"fwd": 2, "dq": 3, "dkv": 5 if fused else 4}[found[1]]
     time = max(results, key=len)[-2]  # queries and keys may come transposed
-    wide = math.prod(query[-2:]) >= _WIDE * time
-    share = _KERNEL_SHARE if wide else _NARROW_SHARE
-    return products * 2 * math.prod(query) * time / 2 / share
+    channels = math.prod(query[-2:]) // time
+    share = _KERNEL_SHARE if channels >= _WIDE else _NARROW_SHARE
+    return products * 2 * math.prod(query) * time / 2 / (share * chip.flops)
 
 
 def _array(type_: str) -> list[int] | None:

@@ -43,7 +43,9 @@ def find_or_measure(
         no scores file; and what `importance` raises.
     """
     place, shown = os.fspath(path), model_fingerprint(model)
-    found = Scores.load(place) if epath.Path(place).exists() else None
+    # One process decides: what follows is work for all or for none.
+    there = parallel.on_main(lambda: epath.Path(place).exists(), what=place)
+    found = Scores.load(place) if there else None
     if found and found.model != shown:
         raise InputError(
             f"{place}: scores of model {found.model}, but the model to prune is {shown}; "

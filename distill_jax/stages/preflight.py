@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from distill_jax import data, models, parallel, posttraining, pruning, teachers
 from distill_jax.artifacts import InputError, resolve
 from distill_jax.recipe import PostTrainingConfig, Recipe
+from distill_jax.stages.context import stored_teachers
 
 
 def check(recipe: Recipe) -> None:
@@ -68,7 +69,12 @@ def _check_posttraining(
     """What can be known of its task, lengths, template, reward and files."""
     if config.task is not None:
         posttraining.load_task(config.task)
-    for field, length in (("sft", config.sft.sequence_length), ("dpo", config.dpo.sequence_length)):
+    lengths = {
+        "sft": config.sft.sequence_length,
+        "reward_model": config.reward_model.sequence_length if config.reward_train else 0,
+        "dpo": config.dpo.sequence_length if config.dpo_train else 0,
+    }
+    for field, length in lengths.items():
         if length > context:
             raise InputError(
                 f"posttraining.{field}.sequence_length: {length} is more than the student's "
@@ -134,7 +140,8 @@ def _check_rows(recipe: Recipe) -> None:
         if trained is not None:
             runs[f"posttraining.{name}"] = trained
     rows = {f"{name}.batch_rows": run.batch_rows // run.accumulation for name, run in runs.items()}
-    rows["targets.write.batch_rows"] = recipe.targets.write.batch_rows
+    if stored_teachers(recipe):
+        rows["targets.write.batch_rows"] = recipe.targets.write.batch_rows
     rows["evaluation.batch_rows"] = recipe.evaluation.batch_rows
     for name, count in rows.items():
         if count % shards:

@@ -30,29 +30,29 @@ def stages(run: Run) -> list[Stage]:
             Stage(
                 name=source,
                 command=context.ROUNDS,
-                recipe={"distill": to_json(one.distill)},
+                recipe=_described(recipe, one.distill),
                 inputs=(CORPUS, start, *_taught_by(one.distill)),
                 work=functools.partial(_distill, run, field, seed, start),
             )
         )
     made.append(_cut(run, PRUNE, PRUNE, recipe.prune, source))
     taught_by = _taught_by(recipe.distill)
-    described = to_json(recipe.distill)
+    described = _described(recipe, recipe.distill)
     # Controls without teachers do not depend on how teachers are weighed.
     inputs: Mapping[Control, tuple[str, ...]] = {
         "cross_entropy": (CORPUS, PRUNE),
         "random_start": (CORPUS, PRUNE, *taught_by),
     }
     descriptions: Mapping[Control, Any] = {
-        "cross_entropy": {"train": described["train"]},
-        "random_start": {"distill": described},
+        "cross_entropy": {"train": described["distill"]["train"]},
+        "random_start": described,
     }
     for seed in recipe.seeds:
         made.append(
             Stage(
                 name=context.student(seed),
                 command="distill",
-                recipe={"distill": described, "seed": seed},
+                recipe={**described, "seed": seed},
                 inputs=(CORPUS, PRUNE, *taught_by),
                 work=functools.partial(_distill, run, "distill", seed, PRUNE),
             )
@@ -79,6 +79,13 @@ def _cut(run: Run, name: str, command: str, config: PruneConfig, source: str) ->
         inputs=(CORPUS, source),
         work=functools.partial(_prune, run, config, source),
     )
+
+
+def _described(recipe: Recipe, distill: DistillConfig) -> dict[str, Any]:
+    """What of the recipe decides a training; the stores know their temperature themselves."""
+    live = distill.teachers(live=True)
+    temperature = {"temperature": recipe.targets.temperature} if live else {}
+    return {"distill": to_json(distill), **temperature}
 
 
 def _taught_by(distill: DistillConfig) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,7 +43,8 @@ def language_model_loss(
       mesh: see `loss_of_rows`.
 
     Raises:
-      InputError: a live teacher's vocabulary is another one.
+      InputError: a live teacher's vocabulary is another one; of the loss_fn, the parameters are not
+        those of the teachers in `live`.
     """
     live = live or {}
     for name, shape in live.items():
@@ -57,7 +59,7 @@ def language_model_loss(
         params: Any,
         batch: Mapping[str, Any],
         step: Array,
-        frozen: Mapping[str, Any] | None = None,
+        frozen: Mapping[str, Any] = types.MappingProxyType({}),
         *,
         shares: parallel.Shares | None,
     ) -> losses.Totals:
@@ -66,7 +68,6 @@ def language_model_loss(
             targets |= teacher_targets(batch["targets"])
         targets = jax.tree.map(_flat, targets)
         for name, teacher in teachers.items():
-            assert frozen is not None  # `loss_of_rows` hands on what it was asked to
             targets[name] = teacher.targets(frozen[name], batch)
         student = _Reader(config, shares)
         hidden_ND = student.hidden(params, batch, remat)
@@ -81,7 +82,15 @@ def language_model_loss(
                 step=step,
             )
 
-    return loss_of_rows(config, totals, compute_dtype=compute_dtype, mesh=mesh, frozen=shares)
+    of_rows = loss_of_rows(config, totals, compute_dtype=compute_dtype, mesh=mesh, frozen=shares)
+
+    def loss_fn(params: Any, batch: Mapping[str, Any], step: Array, *frozen: Any) -> losses.Totals:
+        given = sorted(name for trees in frozen for name in trees)
+        if given != sorted(live):
+            raise InputError(f"teachers: {given} are given, the loss reads {sorted(live)}")
+        return of_rows(params, batch, step, *frozen)
+
+    return loss_fn
 
 
 def loss_of_rows(

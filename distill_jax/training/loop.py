@@ -47,6 +47,7 @@ def train(
       config: how the run goes.
       directory: where checkpoints, metrics.jsonl, goodput.json and TensorBoard files go.
       teachers: models that run beside this one; they lie split as it does, and stay as they are.
+        Of several processes each must have them on the mesh already.
       name: the stage, for the progress bar.
       mesh: devices; None takes all of them, as one FSDP group.
       profile: the first and the last of the steps that are traced.

@@ -12,6 +12,7 @@ import pytest
 
 from distill_jax import losses, models, parallel
 from distill_jax.artifacts import InputError
+from distill_jax.losses import chunks
 from distill_jax.training import (
     TrainConfig,
     jit_step,
@@ -108,13 +109,19 @@ def test_loss_and_gradient_are_those_of_logits_that_were_there_before(sizes, par
     chex.assert_trees_all_close(actual[1], gradient, rtol=1e-5, atol=1e-5 * size)
 
 
-def test_of_teachers_neither_gradients_nor_all_logits_are_made():
+def test_no_logits_of_all_tokens_are_made(monkeypatch):
+    monkeypatch.setattr(chunks, "_LEAST_CHUNK", 16)
+    monkeypatch.setattr(chunks, "_MOST_CHUNK", 16)
+    text = step(None).lower(params(STUDENT, 0), teachers()).as_text()
+    assert f"tensor<16x{V}x" in text
+    assert not re.search(rf"tensor<(1x)?({ROWS}x{TIME}|{ROWS * TIME})x{V}x", text)
+
+
+def test_of_teachers_no_gradients_are_made():
     mesh = parallel.make_mesh(parallel.MeshConfig(data=2, fsdp_minor=2))
     student = placed(STUDENT, params(STUDENT, 0), mesh)
     frozen = {name: placed(SHAPES[name], tree, mesh) for name, tree in teachers().items()}
     text = step(mesh).lower(student, frozen).compile().as_text()
-    assert re.search(rf"\[{TIME},{V}\]", text)  # of the one row of a device
-    assert not re.search(rf"\[{ROWS * TIME},{V}\]", text)
     scattered = set(re.findall(r"= f32\[(\S*)\]\S* reduce-scatter", text))
     assert scattered  # of the student
     assert not [sizes for sizes in scattered if re.search(r"\b(18|9|40)\b", sizes)]
@@ -158,6 +165,14 @@ def test_training_takes_teachers_wherever_they_are_and_leaves_them_so(tmp_path):
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line["loss"] == pytest.approx(float(loss) / batch()["where"].sum(), rel=1e-5)
     assert min(line["large"], line["small"]) > 0.01
+
+
+@pytest.mark.parametrize("names", [(), ("small",), ("small", "large", "other")])
+def test_other_teachers_than_the_loss_reads_are_refused(names):
+    loss = language_model_loss(STUDENT, OBJECTIVE, live=SHAPES)
+    frozen = [dict.fromkeys(names)] if names else []
+    with pytest.raises(InputError, match=r"are given, the loss reads \['large', 'small'\]"):
+        loss(params(STUDENT, 0), batch(), jnp.int32(0), *frozen)
 
 
 def test_another_vocabulary_is_refused():
