@@ -86,7 +86,8 @@ def form_of(record: Record) -> Form:
     if len(found) == 1:
         return found[0]
     problem = f"could be {' or '.join(found)}, say which" if found else "hold no conversation"
-    raise InputError(f"the fields {', '.join(record) or '-'} {problem}")
+    fields = ", ".join(record).encode(errors="backslashreplace").decode()
+    raise InputError(f"the fields {fields or '-'} {problem}")
 
 
 def prompt_of(record: Record, form: Form) -> list[Message]:
@@ -95,12 +96,14 @@ def prompt_of(record: Record, form: Form) -> list[Message]:
     Raises:
       InputError: as `to_conversation`.
     """
-    system = record.get("system")
-    messages = [_message("system", system, "system")] if system else []
+    messages = system_of(record)
     if form != "alpaca":
         field = "messages" if form == "messages" else "conversations"
         return messages + messages_of(record.get(field), field)
-    for index, turn in enumerate(record.get("history") or ()):
+    history = record.get("history") or []
+    if not isinstance(history, list | tuple):
+        raise InputError("history: not a list of pairs of what was asked and answered")
+    for index, turn in enumerate(history):
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise InputError(f"history {index}: not a pair of what was asked and answered")
         messages.append(_message("user", turn[0], f"history {index}"))
@@ -112,15 +115,26 @@ def prompt_of(record: Record, form: Form) -> list[Message]:
     return [*messages, question]
 
 
-def messages_of(turns: Any, field: str) -> list[Message]:
-    """A list of turns as messages; their fields are "role" and "content", or "from" and "value".
+def system_of(record: Record) -> list[Message]:
+    """The message in a record's field "system", or none.
 
     Raises:
-      InputError: it is no such list, a role is unknown, or a content is no text or empty.
+      InputError: it is no text.
     """
-    if isinstance(turns, Mapping):  # as TFDS gives a sequence of records: by column
-        columns = turns.values()
-        turns = [dict(zip(turns, row, strict=True)) for row in zip(*columns, strict=True)]
+    system = record.get("system")
+    return [_message("system", system, "system")] if system else []
+
+
+def messages_of(turns: Any, field: str) -> list[Message]:
+    """A list of turns, or a single one, as messages.
+
+    The fields of a turn are "role" and "content", or "from" and "value".
+
+    Raises:
+      InputError: it is neither, a role is unknown, or a content is no text or empty.
+    """
+    if isinstance(turns, Mapping):
+        turns = _rows(turns)
     if not isinstance(turns, list) or not turns:
         raise InputError(f"{field!r} is missing, empty, or no list of messages")
     messages = []
@@ -137,6 +151,15 @@ def messages_of(turns: Any, field: str) -> list[Message]:
     return messages
 
 
+def _rows(turns: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Turns by column, as TFDS gives a sequence of records, or one turn by itself, as a list."""
+    columns = list(turns.values())
+    by_column = all(isinstance(column, list) for column in columns)
+    if by_column and len({len(column) for column in columns}) < 2:
+        return [dict(zip(turns, row, strict=True)) for row in zip(*columns, strict=True)]
+    return [turns]
+
+
 def _either(turn: Mapping[str, Any], field: str, other: str, place: str) -> Any:
     for name in (field, other):
         if turn.get(name) is not None:
@@ -149,6 +172,10 @@ def _message(role: str, content: Any, place: str) -> Message:
         raise InputError(f"{place}: {'missing' if content is None else 'not a text'}")
     if role in ("user", "assistant") and not content.strip():
         raise InputError(f"{place}: empty")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half of a pair of surrogates
+        raise InputError(f"{place}: not Unicode text ({error.reason})") from error
     return {"role": role, "content": content}
 
 

@@ -32,6 +32,15 @@ FORMS = {
 }
 
 
+ONE = {"role": "assistant", "content": "4"}
+
+
+def test_a_single_message_stands_for_a_list_of_one():
+    assert to_conversation({"messages": ONE}) == [ONE]
+    named = {"conversations": {"from": "gpt", "value": "4", "tags": ["a", "b"]}}
+    assert to_conversation(named) == [ONE]
+
+
 @pytest.mark.parametrize("record", FORMS.values(), ids=FORMS)
 def test_every_form_is_the_same_conversation(record):
     assert to_conversation(record) == CHAT
@@ -63,6 +72,12 @@ def turns(**changed):
         ({}, "the fields - hold no conversation"),
         ({"messages": []}, "'messages' is missing, empty, or no list"),
         ({"messages": "a"}, "'messages' is missing, empty, or no list"),
+        ({"messages": {}}, "'messages' is missing, empty, or no list"),
+        ({"messages": {"role": [], "content": []}}, "'messages' is missing, empty, or no list"),
+        ({"messages": {"role": "user", "content": "hi"}}, "no message is the assistant's"),
+        ({"messages": {"role": 1}}, "messages 0: the role 1 is none of"),
+        ({"messages": {"role": "user", "content": ["hi"]}}, "messages 0: not a text"),
+        ({"messages": {"role": ["user"], "content": []}}, r"messages 0: the role \['user'\] is"),
         ({"messages": ["a"]}, "messages 0: not a message but str"),
         ({"messages": [{"content": "a"}]}, "messages 0: role is missing"),
         ({"messages": [{"role": "user"}]}, "messages 0: content is missing"),
@@ -78,12 +93,18 @@ def turns(**changed):
         ({"instruction": "a", "output": ""}, "output: empty"),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, "history 0: not a pair"),
         ({"instruction": "a", "output": "b", "input": 3}, "input: not a text"),
+        ({"instruction": "a", "output": "b", "history": 5}, "history: not a list"),
+        ({"instruction": "a", "output": "b", "history": {"c": "d"}}, "history: not a list"),
+        ({"instruction": "a", "output": "b", "system": "\ud83d"}, "system: not Unicode text"),
+        (turns(content="a\ud83d"), r"messages 1: not Unicode text \(surrogates not allowed\)"),
+        ({"a\ud83d": 1}, r"the fields a\\ud83d hold no conversation"),
     ],
 )
 def test_what_is_no_conversation_is_refused_in_one_line(record, complaint):
     with pytest.raises(InputError, match=complaint) as caught:
         to_conversation(record)
     assert "\n" not in str(caught.value)
+    str(caught.value).encode()
 
 
 def test_files_become_the_tokens_of_their_conversations(tokenizer, tmp_path):
@@ -105,6 +126,7 @@ BAD = [
     (json.dumps(turns(content="")), "line 2: messages 1: empty"),
     (json.dumps(turns(role="robot")), "line 2: messages 1: the role 'robot'"),
     (json.dumps(turns(role=None)), "line 2: messages 1: role is missing"),
+    (json.dumps(turns(content="a\ud83d")), "line 2: messages 1: not Unicode text"),
     (json.dumps(turns(content="a " * 200)), r"line 2: \d+ tokens do not fit in 64"),
     (json.dumps(turns(content="\ufdd0")), r"line 2: message: holds the noncharacter U\+FDD0"),
 ]
@@ -131,7 +153,7 @@ def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(tokenizer, tm
     ]
     assert ["4<|im_end|>" in said[0], "5<|im_end|>" in said[1], len(said)] == [True, True, 2]
     assert [message.split(": ")[1] for message in rejects.messages] == [
-        f"line {number}" for number in range(2, 8)
+        f"line {number}" for number in range(2, 9)
     ]
 
 
