@@ -37,6 +37,39 @@ FORMS = {
         {"prompt": [SYSTEM], "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
         None,
     ),
+    "a system's message apart, prompt as a text": (
+        {"system": "Be short.", "prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+        None,
+    ),
+    "a system's message apart, conversations": (
+        {"system": "Be short.", "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
+        None,
+    ),
+    "a system's message apart and in the conversations": (
+        {
+            "system": "Be short.",
+            "chosen": [SYSTEM, ASKED, RIGHT],
+            "rejected": [SYSTEM, ASKED, WRONG],
+        },
+        None,
+    ),
+    "a system's message with the answers": (
+        {"prompt": "2 + 2?", "chosen": [SYSTEM, RIGHT], "rejected": [SYSTEM, WRONG]},
+        None,
+    ),
+    "a system's message with the prompt, and conversations without": (
+        {"prompt": [SYSTEM, ASKED], "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
+        None,
+    ),
+    "conversations that go on behind an answer": (
+        {
+            "prompt": "2 + 2?",
+            "chosen": [RIGHT, EARLIER[2], RIGHT],
+            "rejected": [RIGHT, EARLIER[2], WRONG],
+        },
+        EARLIER,
+    ),
+    "a prompt that is one message": ({"prompt": ASKED, "chosen": "4", "rejected": "5"}, [ASKED]),
     "several turns": ({"chosen": [*EARLIER, RIGHT], "rejected": [*EARLIER, WRONG]}, EARLIER),
     "sharegpt, answers apart": (
         {
@@ -75,6 +108,21 @@ BAD = [
     ({"chosen": [ASKED, RIGHT], "rejected": [ASKED, SYSTEM]}, "rejected: not one message"),
     ({"chosen": [ASKED, RIGHT, ASKED, RIGHT], "rejected": [ASKED, WRONG]}, "chosen: not one"),
     ({"prompt": [ASKED, WRONG], "chosen": [RIGHT], "rejected": [WRONG]}, "has been answered"),
+    ({"prompt": "a", "chosen": [RIGHT, RIGHT], "rejected": [RIGHT, WRONG]}, "has been answered"),
+    ({"chosen": [SYSTEM, RIGHT], "rejected": [SYSTEM, WRONG]}, "hold no conversation"),
+    ({"prompt": [SYSTEM], "chosen": "a", "rejected": "b"}, "nothing is asked"),
+    (
+        {
+            "prompt": [{**SYSTEM, "content": "Be long."}, ASKED],
+            "chosen": [SYSTEM, RIGHT],
+            "rejected": [SYSTEM, WRONG],
+        },
+        "another system message",
+    ),
+    ({"system": 5, "prompt": "a", "chosen": "b", "rejected": "c"}, "system: not a text"),
+    ({"prompt": "a", "chosen": {"role": 1, "content": "b"}, "rejected": "c"}, "the role 1 is none"),
+    ({"prompt": "a", "chosen": "b\ud83d", "rejected": "c"}, "chosen 0: not Unicode text"),
+    ({"a\ud83d": "a", "chosen": "b", "rejected": "c"}, r"the fields a\\ud83d, chosen, rejected"),
     ({"prompt": "a", "chosen": [{"role": "robot", "content": "b"}], "rejected": "c"}, "'robot'"),
 ]
 
@@ -98,6 +146,7 @@ def test_files_become_pairs_and_bad_rows_are_refused_or_skipped(tokenizer, tmp_p
         encode_pair(tokenizer, prompt or [SYSTEM, ASKED], "4", "5") for _, prompt in FORMS.values()
     ]
     assert len(rejects.messages) == len(BAD) + 1
+    "".join(rejects.messages).encode()  # they can be written to a file
     last = f"line {len(records)}: prompt and chosen answer are "
     assert last in rejects.messages[-1]
     refusing = DpoConfig(pairs=str(path), sequence_length=100)
