@@ -119,6 +119,41 @@ def encode_prompt(
     return _encode(tokenizer, text).tokens
 
 
+def encode_answer(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    answer: str,
+    template: str | None = None,
+    *,
+    ended: bool,
+) -> list[int]:
+    """Tokens of an answer behind those of `encode_prompt`, as `encode_chat` has them.
+
+    A template may change what it is given: many take away the space around an answer.
+
+    Args:
+      tokenizer: encodes the text.
+      messages: the conversation that waits for the answer.
+      answer: as it is written.
+      template: a Jinja template in place of the tokenizer's own.
+      ended: whether the special token that ends the turn, if there is one, is among the tokens.
+
+    Raises:
+      InputError: as `encode_chat`; or the conversation does not begin with the prompt's tokens.
+    """
+    prompt = encode_prompt(tokenizer, messages, template)
+    conversation = [*messages, {"role": "assistant", "content": answer}]
+    tokens, where = encode_chat(tokenizer, conversation, template)
+    if tokens[: len(prompt)] != prompt:
+        raise InputError("chat template: with the answer, what stands before it is written anew")
+    # Behind the last token to learn is what the template writes between turns.
+    end = max((index + 1 for index, trained in enumerate(where) if trained), default=0)
+    found = tokens[len(prompt) : end]
+    if found and not ended and tokenizer.decode(found[-1:]) in tokenizer.special_tokens:
+        del found[-1]
+    return found
+
+
 def end_of_turn(tokenizer: Tokenizer, template: str | None = None) -> int:
     """The id of the special token with which the template ends an assistant's turn.
 

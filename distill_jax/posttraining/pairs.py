@@ -8,7 +8,7 @@ import numpy as np
 
 from distill_jax.artifacts import InputError, check_choices
 from distill_jax.data import BadRows, Tokenizer
-from distill_jax.posttraining.chat import Example, Message, encode_prompt
+from distill_jax.posttraining.chat import Example, Message, encode_answer, encode_prompt
 from distill_jax.posttraining.conversations import sources
 from distill_jax.posttraining.rejection import encode_record
 from distill_jax.posttraining.rows import Record, to_record
@@ -88,10 +88,19 @@ def encode_pair(
     chosen: str,
     rejected: str,
     template: str | None = None,
+    *,
+    ended: bool = False,
 ) -> Pair:
-    """A pair from text: a conversation that waits for an answer, and two answers."""
-    prompt = encode_prompt(tokenizer, messages, template)
-    return Pair(prompt, tokenizer.encode(chosen), tokenizer.encode(rejected))
+    """A pair from text: a conversation that waits for an answer, and two answers.
+
+    Raises:
+      InputError: as `encode_answer`, of which `ended` is.
+    """
+    answers = (
+        encode_answer(tokenizer, messages, answer, template, ended=ended)
+        for answer in (chosen, rejected)
+    )
+    return Pair(encode_prompt(tokenizer, messages, template), *answers)
 
 
 def pair_rows(

@@ -33,11 +33,11 @@ def read_pairs(
     Raises:
       InputError: no file is there, or a record is refused, with its file and line.
     """
-    ending = [end_of_turn(tokenizer, template)] if config.ended else []
+    if config.ended:
+        end_of_turn(tokenizer, template)  # refuses a template that has none
     for place, preference in read_preferences(config, rejects):
         with rejects.at(place):
-            prompt, *answers = encode_pair(tokenizer, *preference, template)
-            pair = Pair(prompt, *([*answer, *ending] for answer in answers))
+            pair = encode_pair(tokenizer, *preference, template, ended=config.ended)
             check_pair(pair, config.sequence_length)
             yield pair
 

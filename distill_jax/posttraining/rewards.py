@@ -17,7 +17,13 @@ from distill_jax import parallel
 from distill_jax.artifacts import InputError, resolve
 from distill_jax.data import Tokenizer
 from distill_jax.models import Model
-from distill_jax.posttraining.chat import Example, Message, encode_prompt, end_of_turn
+from distill_jax.posttraining.chat import (
+    Example,
+    Message,
+    encode_answer,
+    encode_prompt,
+    end_of_turn,
+)
 from distill_jax.posttraining.log_probs import sequence_log_probs
 from distill_jax.posttraining.rows import to_record
 from distill_jax.posttraining.tasks import Problem, Scorer, score_number, score_text, to_messages
@@ -121,6 +127,8 @@ def by_model(
         for messages, completion in zip(prompts, completions, strict=True):
             prompt = encode_prompt(tokenizer, messages, template)
             answer = [*tokenizer.encode(completion), end]
+            if completion.strip():  # a template takes no empty answer, a model may give one
+                answer = encode_answer(tokenizer, messages, completion, template, ended=True)
             where = [False] * len(prompt) + [True] * len(answer)
             examples.append(Example([*prompt, *answer], where))
         # Few lengths and one number of rows, so that little is compiled.

@@ -3,11 +3,16 @@ import json
 import pytest
 
 from distill_jax.artifacts import InputError
-from distill_jax.data import Rejects
+from distill_jax.data import Rejects, train_tokenizer
 from distill_jax.posttraining import (
+    CHATML,
+    LLAMA3,
     DpoConfig,
+    Pair,
     Preference,
+    RewardModelConfig,
     encode_pair,
+    encode_prompt,
     read_pairs,
     to_preference,
 )
@@ -152,3 +157,43 @@ def test_files_become_pairs_and_bad_rows_are_refused_or_skipped(tokenizer, tmp_p
     refusing = DpoConfig(pairs=str(path), sequence_length=100)
     with pytest.raises(InputError, match=rf"pairs\.jsonl: line {len(FORMS) + 1}: 'rejected' is"):
         list(read_pairs(tokenizer, refusing, None, Rejects(refusing.bad_rows)))
+
+
+@pytest.mark.parametrize("config", [DpoConfig, RewardModelConfig])
+def test_answers_are_written_as_the_template_writes_them(tmp_path, config):
+    """Llama 3's template trims; a reward model reads the end of the turn too."""
+    specials = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    tokenizer = train_tokenizer(["What is 2 + 2?", "4 user assistant"], 300, specials=specials)
+    path = tmp_path / "pairs.jsonl"
+    records = [
+        {"prompt": "2 + 2?", "chosen": " 4\n", "rejected": "\n5 or 6 "},
+        {"prompt": "2 + 2?", "chosen": " 4\n", "rejected": "4"},
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    rejects = Rejects("skip")
+    pairs = read_pairs(tokenizer, config(pairs=str(path)), LLAMA3, rejects)
+    end = [tokenizer.token_id("<|eot_id|>")] if config is RewardModelConfig else []
+    answers = ([*tokenizer.encode(text), *end] for text in ("4", "5 or 6"))
+    assert list(pairs) == [Pair(encode_prompt(tokenizer, [ASKED], LLAMA3), *answers)]
+    assert [message.split(": ")[-1] for message in rejects.messages] == [
+        "chosen and rejected are the same"
+    ]
+
+
+def test_only_a_special_token_is_taken_from_an_answers_end(tokenizer):
+    prompt = [SYSTEM, *EARLIER]
+    kept = encode_pair(tokenizer, prompt, " 4\n", "4<|im_end|>", CHATML)
+    assert kept[1:] == (tokenizer.encode(" 4\n"), tokenizer.encode("4<|im_end|>"))
+    lines = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    lines += "{% if add_generation_prompt %}assistant: {% endif %}"
+    for ended in (False, True):
+        pair = encode_pair(tokenizer, prompt, "4", "5", lines, ended=ended)
+        assert pair[1:] == (tokenizer.encode("4\n"), tokenizer.encode("5\n"))
+    silent = CHATML.replace("{{ message['content'] + '<|im_end|>' }}{% endgen", "{% endgen")
+    assert encode_pair(tokenizer, [ASKED], "4", "5", silent)[1:] == ([], [])
+
+
+def test_a_template_that_writes_the_prompt_anew_is_refused(tokenizer):
+    thinking = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    with pytest.raises(InputError, match="what stands before it is written anew"):
+        encode_pair(tokenizer, [ASKED], "4", "5", thinking)

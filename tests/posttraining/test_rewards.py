@@ -10,11 +10,13 @@ from distill_jax import models
 from distill_jax.artifacts import InputError
 from distill_jax.data import Rejects
 from distill_jax.posttraining import (
+    CHATML,
     VERIFIERS,
     Problem,
     RejectionConfig,
     by_program,
     by_reward,
+    encode_chat,
     encode_prompt,
     end_of_turn,
     load_function,
@@ -117,6 +119,23 @@ def test_log_likelihood_is_the_mean_over_the_answer_and_its_end(tokenizer, rando
         table = log_softmax(np.asarray(logits[0], np.float64), axis=-1)
         expected = [table[len(prompt) + i - 1, token] for i, token in enumerate(answer)]
         np.testing.assert_allclose(score, np.mean(expected), rtol=1e-5)
+
+
+def test_a_model_judges_the_tokens_that_a_template_makes_of_an_answer(tokenizer, random_model):
+    template = CHATML.replace("message['content']", "(message['content'] | trim)")
+    reward = rewards.by_model(
+        random_model(tokenizer.vocab_size),
+        lambda params, row: jnp.sum(row["labels"] * row["where"], axis=-1),
+        tokenizer,
+        template,
+        rows_per_batch=3,
+    )
+    prompt = [{"role": "user", "content": "2 + 2?"}]
+    expected = [end_of_turn(tokenizer, template)]  # of an answer that is empty
+    for text in (" 4\n", "5 or 6"):
+        chat = encode_chat(tokenizer, [*prompt, {"role": "assistant", "content": text}], template)
+        expected.append(int(np.dot(chat.tokens, chat.where)))
+    assert reward([prompt] * 3, ["", " 4\n", "5 or 6"], [""] * 3) == expected
 
 
 def conversation(*contents):
