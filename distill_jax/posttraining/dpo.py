@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
@@ -20,8 +19,8 @@ from distill_jax.artifacts import InputError, check_choices
 from distill_jax.models import LlamaConfig, Model, Reading
 from distill_jax.models.llama import Remat
 from distill_jax.posttraining.log_probs import sequence_log_probs
-from distill_jax.posttraining.pairs import ROW, PairConfig
-from distill_jax.posttraining.rows import Record
+from distill_jax.posttraining.pairs import PairConfig, both_answers
+from distill_jax.posttraining.rows import Record, filled_batches
 from distill_jax.training import LossFn, loss_of_rows
 
 PreferenceLoss = Literal["dpo", "robust_dpo", "ipo"]
@@ -90,11 +89,7 @@ def with_reference(
     log_probs = jax.jit(lambda params, batch: _pair_log_probs(model.config, params, batch, config))
     result: list[Record] = []
     with progress.bar("reference log-probabilities", len(rows), unit="pairs") as bar:
-        for start in range(0, len(rows), pairs_per_batch):
-            part = rows[start : start + pairs_per_batch]
-            # The last batch is filled up, so that all have one shape and compile once.
-            filled = [*part, *[part[-1]] * (pairs_per_batch - len(part))]
-            batch = {name: np.stack([row[name] for row in filled]) for name in ROW}
+        for part, batch in filled_batches(rows, pairs_per_batch):
             values = parallel.to_host(log_probs(model.params, batch))
             result += [
                 {**row, "reference_log_probs": value}
@@ -166,8 +161,8 @@ def _pair_log_probs(
     reading: Reading = Reading(),
 ) -> Array:
     """[B, 2]: log-probability of the chosen and of the rejected answer of each pair."""
-    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ROW}
+    rows = both_answers(batch)
     log_probs = sequence_log_probs(
-        model, params, flat, chunk=config.chunk, remat=remat, reading=reading
+        model, params, rows, chunk=config.chunk, remat=remat, reading=reading
     )
     return log_probs.reshape(-1, 2)

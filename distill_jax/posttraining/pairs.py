@@ -1,7 +1,7 @@
 """Pairs of answers, of which one is preferred, as rows."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -11,13 +11,10 @@ from distill_jax.data import BadRows, Tokenizer
 from distill_jax.posttraining.chat import Example, Message, encode_answer, encode_prompt
 from distill_jax.posttraining.conversations import sources
 from distill_jax.posttraining.rejection import encode_record
-from distill_jax.posttraining.rows import Record, to_record
+from distill_jax.posttraining.rows import ROW, Record, to_record
 
 SAMPLES = "samples"
 """Stands for the pairs of rejection sampling among `PairConfig.pairs`."""
-
-ROW = ("tokens", "segment_ids", "labels", "where")
-"""The arrays of a row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +121,11 @@ def pair_rows(
         ]
         records.append({name: np.stack([half[name] for half in halves]) for name in ROW})
     return records
+
+
+def both_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of pairs [B, 2, T] as rows [2 B, T]; the rejected answer follows the chosen one."""
+    return {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ROW}
 
 
 def check_pair(pair: Pair, sequence_length: int) -> None:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
@@ -22,9 +21,9 @@ from distill_jax.models import LlamaConfig, Model, Reading, hidden_states
 from distill_jax.models.llama import Remat
 from distill_jax.posttraining.answers import seed_of
 from distill_jax.posttraining.chat import end_of_turn
-from distill_jax.posttraining.pairs import ROW, Pair, PairConfig
+from distill_jax.posttraining.pairs import Pair, PairConfig, both_answers
 from distill_jax.posttraining.rewards import Reward, by_model
-from distill_jax.posttraining.rows import Record
+from distill_jax.posttraining.rows import Record, filled_batches
 from distill_jax.training import LossFn, loss_of_rows
 
 
@@ -116,8 +115,8 @@ def reward_loss(
     ) -> losses.Totals:
         del step
         reading = Reading() if shares is None else Reading.of(shares)
-        flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ROW}
-        scores_B2 = scores(model, params, flat, token, remat=remat, reading=reading).reshape(-1, 2)
+        rows = both_answers(batch)
+        scores_B2 = scores(model, params, rows, token, remat=remat, reading=reading).reshape(-1, 2)
         return losses.reduce(*losses.bradley_terry(scores_B2[:, 0], scores_B2[:, 1]))
 
     return loss_of_rows(model, totals, compute_dtype=compute_dtype, mesh=mesh)
@@ -142,15 +141,10 @@ def preference_accuracy(
 
     @jax.jit
     def right(params: Any, batch: Mapping[str, Array]) -> Array:
-        flat = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
-        scores_B2 = scores(model.config, params, flat, token).reshape(-1, 2)
+        scores_B2 = scores(model.config, params, both_answers(batch), token).reshape(-1, 2)
         return scores_B2[:, 0] > scores_B2[:, 1]
 
     count = 0
-    for start in range(0, len(pairs), pairs_per_batch):
-        part = pairs[start : start + pairs_per_batch]
-        # The last batch is filled up, so that all have one shape and compile once.
-        filled = [*part, *[part[-1]] * (pairs_per_batch - len(part))]
-        batch = {name: np.stack([row[name] for row in filled]) for name in ROW}
+    for part, batch in filled_batches(pairs, pairs_per_batch):
         count += int(parallel.to_host(right(model.params, batch))[: len(part)].sum())
     return count / len(pairs)

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from distill_jax import parallel
@@ -25,7 +24,7 @@ from distill_jax.posttraining.chat import (
     end_of_turn,
 )
 from distill_jax.posttraining.log_probs import sequence_log_probs
-from distill_jax.posttraining.rows import to_record
+from distill_jax.posttraining.rows import filled_batches, to_record
 from distill_jax.posttraining.tasks import Problem, Scorer, score_number, score_text, to_messages
 
 Reward = Callable[[Sequence[Sequence[Message]], Sequence[str], Sequence[str]], Sequence[float]]
@@ -134,11 +133,8 @@ def by_model(
         # Few lengths and one number of rows, so that little is compiled.
         length = 1 << max(len(example.tokens) - 1 for example in examples).bit_length()
         found: list[float] = []
-        for start in range(0, len(examples), rows_per_batch):
-            part = examples[start : start + rows_per_batch]
-            filled = [*part, *[part[-1]] * (rows_per_batch - len(part))]
-            rows = [to_record([example], length) for example in filled]
-            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        rows = [to_record([example], length) for example in examples]
+        for part, batch in filled_batches(rows, rows_per_batch):
             found += parallel.to_host(jitted(model.params, batch))[: len(part)].tolist()
         return found
 

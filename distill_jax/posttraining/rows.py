@@ -1,7 +1,7 @@
 """Packs examples into rows of one length, as `data.batches` takes them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from distill_jax.posttraining.chat import Example
 
 Record = dict[str, np.ndarray]
 """One row: arrays by name, as `pack` makes them."""
+
+ROW = ("tokens", "segment_ids", "labels", "where")
+"""The arrays of a row."""
 
 
 def pack(examples: Sequence[Example], sequence_length: int, *, pad_id: int = 0) -> list[Record]:
@@ -46,6 +49,17 @@ def pack(examples: Sequence[Example], sequence_length: int, *, pad_id: int = 0) 
         rows[row].append(example)
         free[row] -= length
     return [to_record(row, sequence_length, pad_id=pad_id) for row in rows]
+
+
+def filled_batches(rows: Sequence[Record], size: int) -> Iterator[tuple[Sequence[Record], Record]]:
+    """Up to `size` rows at a time, and the arrays of `ROW` [size, ...] of a batch of them.
+
+    The last batch is filled up with copies, so that all have one shape and compile once.
+    """
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        filled = [*part, *[part[-1]] * (size - len(part))]
+        yield part, {name: np.stack([row[name] for row in filled]) for name in ROW}
 
 
 def check_example(example: Example, sequence_length: int) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,7 +58,7 @@ def language_model_loss(
         params: Any,
         batch: Mapping[str, Any],
         step: Array,
-        frozen: Mapping[str, Any] = types.MappingProxyType({}),
+        frozen: Any = None,
         *,
         shares: parallel.Shares | None,
     ) -> losses.Totals:

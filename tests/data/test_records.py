@@ -1,13 +1,11 @@
 import json
-import os
-from typing import ClassVar
 
-import fsspec.implementations.memory
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
+from buckets import Bucket
 from etils import epath
 from etils.epath import backend, gpath
 
@@ -95,19 +93,9 @@ def test_a_tfds_dataset_gives_its_split(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-class Bucket(fsspec.implementations.memory.MemoryFileSystem):
-    """A file system in memory for paths gs://..."""
-
-    cachable = False
-    store: ClassVar = {}
-    pseudo_dirs: ClassVar = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(os.fspath(path).replace("gs://", "/", 1))
-
-
 def test_files_lie_in_a_bucket_too(monkeypatch):
+    monkeypatch.setattr(Bucket, "store", {})
+    monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
     monkeypatch.setattr(
         backend._FileSystemSpecBackend, "_get_filesystem", lambda self, name: Bucket()

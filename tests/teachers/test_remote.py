@@ -3,11 +3,11 @@
 import builtins
 import os
 import sys
-from typing import ClassVar
 
-import fsspec.implementations.memory
+import fsspec
 import numpy as np
 import pytest
+from buckets import Bucket
 from etils import epath
 from etils.epath import backend, gpath
 
@@ -21,18 +21,6 @@ from .test_writer import BrokenCorpus, Interrupted
 from .test_writer import write as write_targets
 
 REMOTE = "gs://bucket/run"
-
-
-class Bucket(fsspec.implementations.memory.MemoryFileSystem):
-    """A file system in memory for paths gs://..., where a file appears when it is closed."""
-
-    cachable = False
-    store: ClassVar = {}
-    pseudo_dirs: ClassVar = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(os.fspath(path).replace("gs://", "/", 1))
 
 
 # An audit hook stays for good; it looks at what the operating system is asked for here alone.
