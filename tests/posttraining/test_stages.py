@@ -277,6 +277,12 @@ def test_a_reward_that_is_not_there_is_told_before_any_work(override, message):
         preflight.check(recipe_of("rejection.threshold=null", f"rejection.{override}"))
 
 
+def test_of_several_processes_one_calls_a_users_function(monkeypatch):
+    called = posttraining._on_main(lambda *_: pytest.fail("this process called it, too"))
+    monkeypatch.setattr(parallel, "on_main", lambda work, *, what: [9.0])  # as another one's
+    assert called([], [], []) == [9.0]
+
+
 def test_a_teacher_that_judges_must_be_there_first(run):
     recipe = recipe_of("rejection.reward=teacher:small", "rejection.threshold=null")
     preflight.check(recipe)
