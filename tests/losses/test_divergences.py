@@ -196,6 +196,7 @@ def _extremes():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 1e-3])
 @pytest.mark.parametrize("name", NAMES)
 def test_extremes_are_finite(name, temperature):

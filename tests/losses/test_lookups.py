@@ -212,6 +212,7 @@ class Alternating:
         return kl_to(logits_NV)(targets["two"]), {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
     [

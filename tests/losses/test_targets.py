@@ -63,6 +63,7 @@ def test_targets_are_trees_with_their_temperature_as_metadata(logits):
         jax.jit(losses.forward_kl)(logits[0], targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint16])
 def test_ids_of_any_integer_type_are_understood(dtype):
     rng = np.random.default_rng(6)

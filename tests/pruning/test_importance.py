@@ -63,6 +63,7 @@ def brute_force(model, batch, sequence, over_rows):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sequence", NUMPY)
 @pytest.mark.parametrize("over_rows", NUMPY)
 def test_scores_equal_brute_force(sequence, over_rows):

@@ -39,6 +39,7 @@ def flattened(batch, model, name):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "block", "leaf"),
     [

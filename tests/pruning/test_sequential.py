@@ -122,6 +122,7 @@ def by_hand(plan, model, batch):
     return layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [{"layers": 2}, EVERYTHING], ids=["layers", "everything"])
 def test_every_projection_is_the_least_squares_solution(cut):
     model, batch = tiny.model(), tiny.rows(9)

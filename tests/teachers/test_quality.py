@@ -61,6 +61,7 @@ def keys(count):
     return jax.vmap(jax.random.key)(jnp.arange(count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "alone"),
     [
@@ -101,6 +102,7 @@ def test_schemes_are_set_up_for_the_ids_that_are_asked(measure):
     assert measure.calibration.scheme_for("top_k", logits, 9.0) == teachers.TopK(k=9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["top_k", "random_sampling", "threshold"])
 def test_schemes_are_set_up_for_the_bytes_that_are_asked(measure, name):
     calibration = measure.calibration.Calibration(

@@ -51,6 +51,7 @@ def stores(tmp_path_factory, model, corpus):
     return directories
 
 
+@pytest.mark.slow
 def test_a_llama_says_what_its_logits_say(stores, model, corpus):
     """Packed documents included: the oracle is the model on each document alone."""
     store = teachers.open_store(stores["top"])
