@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from distill_jax.models.attention import ATTENDED, Attend, segment_attention
 from distill_jax.models.config import LlamaConfig, RopeScaling
+from distill_jax.models.times import Times
 
 Params = dict[str, Any]
 """Nested dict of arrays, as `init_params` makes it."""
@@ -339,6 +340,7 @@ def hidden_states(
     remat: Remat = "none",
     observe: Callable[[dict[str, Array]], Any] | None = None,
     reading: Reading = Reading(),
+    times: Times | None = None,
 ) -> Any:
     """Final hidden states [B, T, D], after the last norm.
 
@@ -353,16 +355,20 @@ def hidden_states(
         attention_input [B,T,D], heads [B,T,H,C], mlp_input [B,T,D], neurons [B,T,F] and
         residual_out [B,T,D].
       reading: how devices that hold shares of the parameters come by what they compute with.
+      times: those of a device, where several share rows: tokens and segments are of all times,
+        everything else, also what is returned, of the device's own.
 
     Returns:
       hidden_BTD; with `observe`, (hidden_BTD, its results stacked over layers).
     """
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)
+    read_BT = tokens_BT, segment_positions(segment_ids_BT)
+    tokens_BT, positions_BT = times.own(read_BT) if times else read_BT
     hidden, _, observed = merge(config, params)(
         tokens_BT,
-        segment_positions(segment_ids_BT),
-        segment_attention(segment_ids_BT),
+        positions_BT,
+        segment_attention(segment_ids_BT, times),
         remat=remat,
         observe=observe,
         reading=reading,

@@ -4,6 +4,7 @@ from distill_jax.parallel.ahead_of_time import OutOfMemory, compile_lowered
 from distill_jax.parallel.local import LocalProcesses, start_local
 from distill_jax.parallel.mesh import (
     RULES,
+    TIME_AXIS,
     MeshConfig,
     batch_sharding,
     make_mesh,
@@ -12,6 +13,7 @@ from distill_jax.parallel.mesh import (
     row_axes,
     row_shards,
     shardings,
+    time_shards,
 )
 from distill_jax.parallel.processes import (
     EXIT_AGAIN,
@@ -42,6 +44,7 @@ __all__ = [
     "CHIPS",
     "EXIT_AGAIN",
     "RULES",
+    "TIME_AXIS",
     "Chip",
     "LocalProcesses",
     "MeshConfig",
@@ -77,6 +80,7 @@ __all__ = [
     "start_local",
     "stop_if_preempted",
     "stoppable",
+    "time_shards",
     "to_host",
     "together",
 ]

@@ -18,15 +18,18 @@ on every device."""
 RULES: Rules = {
     "layers": (),
     "vocab": ("tensor",),
-    "embed": ("fsdp", "fsdp_minor"),
+    "embed": ("fsdp", "fsdp_minor", "sequence"),
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
 }
 
-ROW_AXES = ("data", "fsdp", "fsdp_minor")
+ROW_AXES = ("data", "fsdp", "fsdp_minor", "sequence")
 """Mesh axes over which a batch's rows are split, where a mesh has them."""
+
+TIME_AXIS = "sequence"
+"""The one of them over which the times of a row are split instead, where rows are long."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,10 @@ class MeshConfig:
     Attributes:
       data: replicas of the model; each sees its own rows.
       fsdp: devices over which one replica's parameters and rows are split; -1 takes all that the
-        other two leave.
+        others leave.
+      sequence: devices that share rows in training on next tokens, each with a part of their times:
+        for rows that are too long for one device, or too few. Parameters are split over them too.
+        In all that is not such training they have rows of their own.
       tensor: devices over which heads, neurons and vocabulary are split.
       fsdp_minor: of the devices of `fsdp`, how many lie along a second axis of the mesh; a sum that
         is split over two axes of a slice in turn moves half of what it does over both at once. None
@@ -45,12 +51,13 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = -1
+    sequence: int = 1
     tensor: int = 1
     fsdp_minor: int | None = None
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with axes "data", "fsdp", "fsdp_minor" and "tensor".
+    """A mesh with axes "data", "fsdp", "fsdp_minor", "sequence" and "tensor".
 
     Args:
       config: its sizes.
@@ -62,41 +69,41 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     """
     config = config or MeshConfig()
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [config.data, config.fsdp, config.sequence, config.tensor]
     if sizes.count(-1) == 1 and 0 not in sizes:
         rest = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max(len(devices) // rest, 1)
-    data, fsdp, tensor = sizes
+    data, fsdp, sequence, tensor = sizes
     minor = _minor(fsdp, devices) if config.fsdp_minor is None else config.fsdp_minor
     if any(size < 1 for size in sizes) or math.prod(sizes) != len(devices):
         raise InputError(
-            f"MeshConfig(data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}) "
-            f"does not arrange {len(devices)} devices"
+            f"MeshConfig(data={config.data}, fsdp={config.fsdp}, sequence={config.sequence}, "
+            f"tensor={config.tensor}) does not arrange {len(devices)} devices"
         )
     if minor < 1 or fsdp % minor:
         raise InputError(f"MeshConfig: fsdp_minor={minor} does not divide fsdp={fsdp}")
     tries = [minor] if config.fsdp_minor is not None or minor == 1 else [minor, 1]
     for minor in tries:
         try:
-            return _lay((data, fsdp // minor, minor, tensor), devices)
+            return _lay((data, fsdp // minor, minor, sequence, tensor), devices)
         except NotImplementedError as error:  # JAX splits an axis of a v5e alone
             refused = error
     raise InputError(
-        f"a mesh of data {data}, fsdp {fsdp} with {minor} along a second axis, tensor {tensor} "
-        "does not lie along the axes of this slice; let each be a product of some of the slice's "
-        "sizes"
+        f"a mesh of data {data}, fsdp {fsdp} with {minor} along a second axis, sequence "
+        f"{sequence}, tensor {tensor} does not lie along the axes of this slice; let each be a "
+        "product of some of the slice's sizes"
     ) from refused
 
 
-def _lay(shape: tuple[int, int, int, int], devices: Sequence[Any]) -> Mesh:
+def _lay(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
     """The mesh; the slices of several are replicas, between which the slow network lies.
 
     Raises:
       InputError: "data" is no multiple of the slices.
       NotImplementedError: JAX cannot lay it along the axes of a slice.
     """
-    names = ("data", "fsdp", "fsdp_minor", "tensor")
-    auto = (jax.sharding.AxisType.Auto,) * 4
+    names = ("data", "fsdp", "fsdp_minor", "sequence", "tensor")
+    auto = (jax.sharding.AxisType.Auto,) * len(names)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
@@ -106,7 +113,7 @@ def _lay(shape: tuple[int, int, int, int], devices: Sequence[Any]) -> Mesh:
             "holds whole replicas"
         )
     inside = (shape[0] // slices, *shape[1:])
-    laid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices)
+    laid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1, 1), devices)
     return Mesh(laid, names, axis_types=auto)
 
 
@@ -126,14 +133,23 @@ def mesh_sizes(mesh: Mesh) -> dict[str, int]:
     return sizes | {"fsdp": sizes.get("fsdp", 1) * sizes.get("fsdp_minor", 1)}
 
 
-def row_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes of a mesh over which a batch's rows are split."""
-    return tuple(name for name in ROW_AXES if name in mesh.shape)
+def row_axes(mesh: Mesh, *, split_time: bool = False) -> tuple[str, ...]:
+    """The axes of a mesh over which a batch's rows are split.
+
+    With `split_time` the devices along `TIME_AXIS` are not among them: they share rows.
+    """
+    names = (name for name in ROW_AXES if name in mesh.shape)
+    return tuple(name for name in names if not (split_time and name == TIME_AXIS))
 
 
-def row_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch's rows are split."""
-    return math.prod(mesh.shape[name] for name in row_axes(mesh))
+def row_shards(mesh: Mesh, *, split_time: bool = False) -> int:
+    """Into how many parts a batch's rows are split; `split_time` as in `row_axes`."""
+    return math.prod(mesh.shape[name] for name in row_axes(mesh, split_time=split_time))
+
+
+def time_shards(mesh: Mesh) -> int:
+    """Into how many parts the times of rows are split where they are."""
+    return mesh.shape.get(TIME_AXIS, 1)
 
 
 def shardings(mesh: Mesh, axes: Any, shapes: Any, rules: Rules = RULES) -> Any:
@@ -176,6 +192,6 @@ def names_of(entry: str | Sequence[str] | None) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh, *, split_time: bool = False) -> NamedSharding:
     """Rows split over `row_axes`; everything else of a batch whole."""
-    return NamedSharding(mesh, PartitionSpec(row_axes(mesh)))
+    return NamedSharding(mesh, PartitionSpec(row_axes(mesh, split_time=split_time)))

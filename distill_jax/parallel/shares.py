@@ -27,7 +27,7 @@ class Shares:
 
     Attributes:
       mesh: the mesh.
-      rows: the mesh axes over which rows are split.
+      rows: the mesh axes over which rows, or their times, are split.
       specs: the parameters' tree of PartitionSpecs, with those axes alone.
     """
 
@@ -109,19 +109,24 @@ def map_rows(function: Callable[..., Any], shares: Shares) -> Callable[..., Any]
     return call
 
 
-def over_rows(function: Callable[..., Any], shares: Shares, *frozen: Any) -> Callable[..., Any]:
+def over_rows(
+    function: Callable[..., Any], shares: Shares, *frozen: Any, split_time: bool = False
+) -> Callable[..., Any]:
     """`function(params, rows, step, *others)` of every device's share and its rows.
 
     Args:
       function: what to compute of a device's rows, a tree of sums with a scalar `loss`.
       shares: how the parameters lie; their tree is the first argument.
       *frozen: trees of specs of `Shares`, for the other arguments, which have no derivative.
+      split_time: whether the devices along `TIME_AXIS` get the same rows; the function then sees
+        to it that each computes with other times of them.
 
     Returns:
       A function of global arrays that gives the sums over all rows. With respect to the parameters
       the derivative of `loss` is taken together with the value, if it is asked for.
     """
-    places = (shares.specs, PartitionSpec(shares.rows), PartitionSpec(), *frozen)
+    rows = PartitionSpec(row_axes(shares.mesh, split_time=split_time))
+    places = (shares.specs, rows, PartitionSpec(), *frozen)
 
     def with_gradient(params: Any, *others: Any) -> Any:
         def loss(params: Any) -> tuple[Array, Any]:

@@ -50,7 +50,8 @@ def worst(reports: Sequence[Report]) -> Report:
 
 
 def would_fit(question: Question, topology: Topology, refused: Report) -> list[Report]:
-    """What would fit instead, by trying: full remat, fewer rows at a time, a larger slice.
+    """What would fit instead, by trying: full remat, fewer rows at a time or a part of one, a
+    larger slice.
 
     Args:
       question: what is planned.
@@ -93,7 +94,14 @@ def _ways(
         wider = dataclasses.replace(mesh, fsdp=-1)
         slices.append((dataclasses.replace(choice, batch=batch, mesh=wider), larger))
         larger = larger.larger()
-    return [remat, rows, slices]
+    shared: list[tuple[Choice, Topology]] = []
+    if question.stage in ("distill", "sft") and refused.batch == 1:
+        for devices in (2, 4, 8):
+            sequence, (fsdp, rest) = mesh.sequence * devices, divmod(mesh.fsdp, devices)
+            if not rest:
+                longer = dataclasses.replace(mesh, fsdp=fsdp, sequence=sequence, fsdp_minor=None)
+                shared.append((dataclasses.replace(choice, batch=1, mesh=longer), topology))
+    return [remat, rows, shared, slices]
 
 
 def _try(question: Question, choice: Choice, topology: Topology) -> Report | InputError:

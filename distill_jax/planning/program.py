@@ -26,7 +26,8 @@ class Choice:
     """What may be decided otherwise than the recipe does, without changing what is learnt.
 
     Attributes:
-      batch: rows at a time on each of the devices over which rows are split; None: the recipe's.
+      batch: rows at a time on each of the devices over which rows are split, or each group of
+        them that shares rows; None: the recipe's.
       remat: what the backward pass recomputes; None: the recipe's.
       mesh: the arrangement of the devices; None: the recipe's.
     """
@@ -68,9 +69,11 @@ class Program:
     notes: tuple[str, ...] = ()
 
 
-def rows_at_a_time(own: int, choice: Choice, mesh: Mesh, field: str) -> int:
-    """Rows at a time of all devices."""
-    shards = parallel.row_shards(mesh)
+def rows_at_a_time(
+    own: int, choice: Choice, mesh: Mesh, field: str, *, split_time: bool = False
+) -> int:
+    """Rows at a time of all devices; `split_time` as in `parallel.row_axes`."""
+    shards = parallel.row_shards(mesh, split_time=split_time)
     if choice.batch is not None:
         return choice.batch * shards
     if own % shards:

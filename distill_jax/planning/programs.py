@@ -113,14 +113,18 @@ def _dpo(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
     recipe_config = _posttraining(recipe)
     if recipe_config.dpo_train is None:
         raise InputError("posttraining.dpo_train: the recipe has none")
-    train = _chosen(recipe_config.dpo_train, choice, mesh, "posttraining.dpo_train")
+    train = _chosen(
+        recipe_config.dpo_train, choice, mesh, "posttraining.dpo_train", split_time=False
+    )
     config = dataclasses.replace(recipe_config, dpo_train=train)
     shape, notes = student_shape(recipe)
     (record,) = posttraining.pair_rows([posttraining.Pair([0], [1], [2])], config.dpo)
     record |= {"reference_log_probs": np.zeros(2, np.float32)}
     loss_fn = stages_of_posttraining.dpo_loss(config, shape, mesh)
     length = config.dpo.sequence_length
-    program = _training("dpo", shape, loss_fn, record, train, mesh, context=length)
+    program = _training(
+        "dpo", shape, loss_fn, record, train, mesh, context=length, split_time=False
+    )
     return [_finished(program, recipe_config.dpo_train, (*notes, "a row holds two answers"))]
 
 
@@ -134,13 +138,15 @@ def _training(
     *,
     context: int,
     live: Mapping[str, models.LlamaConfig] | None = None,
+    split_time: bool = True,
 ) -> Program:
     """The step of `training.train` on rows like `record`, in which tokens see up to `context`."""
     params, axes = models.abstract_params(shape), models.logical_axes(shape)
     held = {n: placed_params(one, mesh, train.compute_dtype) for n, one in (live or {}).items()}
     frozen = (held,) if held else ()
     taught = sum(one.flops_per_token(context) for one in (live or {}).values())
-    jitted = training.jit_step(params, axes, loss_fn, train, mesh, *frozen)
+    jitted = training.jit_step(params, axes, loss_fn, train, mesh, *frozen, split_time=split_time)
+    shards = parallel.row_shards(mesh, split_time=split_time)
     batch = _batch(record, train.batch_rows, jitted.rows)
     tokens = batch["tokens"].size
     state = jitted.state
@@ -155,7 +161,7 @@ def _training(
         },
         mesh=mesh,
         rows=train.batch_rows,
-        batch=train.batch_rows // train.accumulation // parallel.row_shards(mesh),
+        batch=train.batch_rows // train.accumulation // shards,
         remat=train.remat,
         tokens=tokens,
         flops=(3 * shape.flops_per_token(context) + taught) * tokens,
@@ -226,10 +232,19 @@ def _posttraining(recipe: Recipe) -> PostTrainingConfig:
 
 
 def _chosen(
-    train: training.TrainConfig, choice: Choice, mesh: Mesh, field: str
+    train: training.TrainConfig,
+    choice: Choice,
+    mesh: Mesh,
+    field: str,
+    *,
+    split_time: bool = True,
 ) -> training.TrainConfig:
     rows = rows_at_a_time(
-        train.batch_rows // train.accumulation, choice, mesh, f"{field}.batch_rows / accumulation"
+        train.batch_rows // train.accumulation,
+        choice,
+        mesh,
+        f"{field}.batch_rows / accumulation",
+        split_time=split_time,
     )
     return dataclasses.replace(
         train, batch_rows=rows * train.accumulation, remat=choice.remat or train.remat

@@ -89,15 +89,19 @@ class Run:
         rows: data.RowSource,
         config: training.TrainConfig,
         teachers: Mapping[str, str] | None = None,
+        *,
+        split_time: bool = True,
     ) -> dict[str, Any]:
         """Trains a model on rows, leaves it in `place`, and returns the run's figures.
 
         A model that stands there whole was trained by an earlier call, killed while it cleaned up.
-        `teachers` are the stages that left those that run beside it, by name.
+        `teachers` are the stages that left those that run beside it, by name. `split_time` is for
+        losses of next tokens (see `training.train`); a loss of pairs needs whole rows.
         """
         name = str(place.relative_to(self.directory))
         if not parallel.on_main(lambda: models.is_saved(place), what=name):
-            self.save(place, self._trained(name, model, loss_fn, rows, config, teachers or {}))
+            trained = self._trained(name, model, loss_fn, rows, config, teachers or {}, split_time)
+            self.save(place, trained)
 
         def figures() -> dict[str, Any]:
             # What only served to go on after a kill need not stay on disk.
@@ -115,8 +119,9 @@ class Run:
         rows: data.RowSource,
         config: training.TrainConfig,
         teachers: Mapping[str, str],
+        split_time: bool,
     ) -> models.Model:
-        share = parallel.row_share(parallel.batch_sharding(self.mesh))
+        share = parallel.row_share(parallel.batch_sharding(self.mesh, split_time=split_time))
         batches = data.batches(
             rows,
             batch_rows=config.batch_rows,
@@ -133,6 +138,7 @@ class Run:
             teachers={key: self.load(of, config.compute_dtype) for key, of in teachers.items()},
             name=name,
             mesh=self.mesh,
+            split_time=split_time,
             profile=self.profile,
         )
 

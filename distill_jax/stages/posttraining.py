@@ -92,6 +92,8 @@ def _train(
     loss_fn: training.LossFn,
     rows: Sequence[Any],
     config: training.TrainConfig,
+    *,
+    split_time: bool = True,
 ) -> dict[str, Any]:
     """Trains on a few rows: a set smaller than a batch is repeated whole until it fills one.
 
@@ -104,10 +106,11 @@ def _train(
             f"{place.name}: hosts read different rows; give all of them the same files"
         )
     repeats = -(-config.batch_rows // len(rows))
-    figures = run.train(place, model, loss_fn, [*rows] * repeats, config)
+    rows = [*rows] * repeats
+    figures = run.train(place, model, loss_fn, rows, config, split_time=split_time)
     if parallel.is_main():
         run.chat_tokenizer().save(place)
-    return {"rows": len(rows), **figures}
+    return {"rows": len(rows) // repeats, **figures}
 
 
 def _used(place: epath.Path, rejects: data.Rejects, used: int) -> dict[str, int]:
@@ -159,7 +162,7 @@ def _reward_model(
         compute_dtype=train.compute_dtype,
         mesh=run.mesh,
     )
-    figures |= _train(run, place, model, loss_fn, rows, train)
+    figures |= _train(run, place, model, loss_fn, rows, train, split_time=False)
     if held_out:
         rows = posttraining.pair_rows(held_out, config.reward_model, pad_id=pad_id)
         accuracy = posttraining.preference_accuracy(run.load(place.name), token, rows)
@@ -234,7 +237,8 @@ def _dpo(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) ->
     rows = posttraining.pair_rows(pairs, config.dpo, pad_id=run.tokenizer.pad_id)
     rows = posttraining.with_reference(model, rows, config.dpo)
     loss_fn = dpo_loss(config, model.config, run.mesh)
-    figures |= _train(run, place, model, loss_fn, rows, _given(config.dpo_train))
+    train = _given(config.dpo_train)
+    figures |= _train(run, place, model, loss_fn, rows, train, split_time=False)
     return figures | {"kl_to_reference": _kl_to(model, run, place, rows)}
 
 

@@ -125,7 +125,6 @@ def _check_objective(recipe: Recipe, field: str, vocab_size: int) -> None:
 def _check_rows(recipe: Recipe) -> None:
     """There must be rows for a batch, and it must divide over the devices."""
     mesh = parallel.make_mesh(recipe.mesh)
-    shards = parallel.row_shards(mesh)
     runs = {f"teachers.{name}.train": t.train for name, t in recipe.teachers.items() if t.train}
     runs |= {f"{field}.train": distill.train for field, distill in recipe.trainings.items()}
     available = recipe.corpus.train_rows
@@ -135,19 +134,47 @@ def _check_rows(recipe: Recipe) -> None:
                 f"{name}.batch_rows: a batch has {run.batch_rows} rows, "
                 f"corpus.train_rows is {available}"
             )
-    for name in ("sft_train", "reward_train", "rejection_train", "dpo_train"):
-        trained = getattr(recipe.posttraining, name, None)
-        if trained is not None:
-            runs[f"posttraining.{name}"] = trained
-    rows = {f"{name}.batch_rows": run.batch_rows // run.accumulation for name, run in runs.items()}
+    lengths = {"corpus.sequence_length": recipe.corpus.sequence_length}
+    of_pairs = {}
+    if (post := recipe.posttraining) is not None:
+        lengths["posttraining.sft.sequence_length"] = post.sft.sequence_length
+        for name in ("sft_train", "rejection_train"):
+            runs[f"posttraining.{name}"] = getattr(post, name)
+        for name in ("reward_train", "dpo_train"):
+            of_pairs[f"posttraining.{name}"] = getattr(post, name)
+    _check_lengths(lengths, parallel.time_shards(mesh))
+    rows = {"evaluation.batch_rows": recipe.evaluation.batch_rows}
     if stored_teachers(recipe):
         rows["targets.write.batch_rows"] = recipe.targets.write.batch_rows
-    rows["evaluation.batch_rows"] = recipe.evaluation.batch_rows
+    for trained, split_time in ((runs, True), (of_pairs, False)):
+        shards = parallel.row_shards(mesh, split_time=split_time)
+        _check_divide(_at_a_time(trained), shards)
+    _check_divide(rows, parallel.row_shards(mesh))
+
+
+def _at_a_time(runs: dict[str, Any]) -> dict[str, int]:
+    return {
+        f"{name}.batch_rows": run.batch_rows // run.accumulation
+        for name, run in runs.items()
+        if run is not None
+    }
+
+
+def _check_divide(rows: dict[str, int], shards: int) -> None:
     for name, count in rows.items():
         if count % shards:
             raise InputError(
                 f"{name}: {count} rows at a time do not divide over {shards} devices; change it, "
                 "or the mesh"
+            )
+
+
+def _check_lengths(lengths: dict[str, int], shards: int) -> None:
+    for name, length in lengths.items():
+        if shards > 1 and length % (2 * shards):
+            raise InputError(
+                f"{name}: {length} tokens do not divide into two parts for each of the {shards} "
+                "devices of mesh.sequence; change one of them"
             )
 
 

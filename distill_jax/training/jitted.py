@@ -32,7 +32,13 @@ class JittedStep:
 
 
 def jit_step(
-    params: Any, axes: Any, loss_fn: LossFn, config: TrainConfig, mesh: Mesh, *frozen: Any
+    params: Any,
+    axes: Any,
+    loss_fn: LossFn,
+    config: TrainConfig,
+    mesh: Mesh,
+    *frozen: Any,
+    split_time: bool = False,
 ) -> JittedStep:
     """The step of a run on a mesh; nothing is computed or placed.
 
@@ -43,10 +49,11 @@ def jit_step(
       config: how the run goes.
       mesh: its devices, which need not be there.
       *frozen: trees that the loss reads besides: arrays where they lie, or their ShapeDtypeStructs.
+      split_time: see `train`.
     """
     optimizer = make_optimizer(config.optimizer, config.steps, axes)
     shardings = state_shardings(mesh, axes, params, optimizer)
-    rows = parallel.batch_sharding(mesh)
+    rows = parallel.batch_sharding(mesh, split_time=split_time)
     shapes = jax.eval_shape(lambda params: TrainState.create(params, optimizer), params)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
@@ -77,13 +84,13 @@ def state_shardings(
     return TrainState(params_shardings, opt_state, whole)  # type: ignore[arg-type]
 
 
-def check_rows(config: TrainConfig, mesh: Mesh, name: str) -> None:
+def check_rows(config: TrainConfig, mesh: Mesh, name: str, *, split_time: bool = False) -> None:
     """Checks that the rows of a microbatch divide over the mesh.
 
     Raises:
       InputError: they do not.
     """
-    row_shards = parallel.row_shards(mesh)
+    row_shards = parallel.row_shards(mesh, split_time=split_time)
     if config.batch_rows // config.accumulation % row_shards:
         raise InputError(
             f"{name}: batch_rows {config.batch_rows} / accumulation {config.accumulation} is not a "

@@ -13,6 +13,7 @@ from distill_jax import losses, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.models import LlamaConfig, Reading, abstract_params, hidden_states, logical_axes
 from distill_jax.models.llama import Remat
+from distill_jax.models.times import Times
 from distill_jax.training.step import LossFn
 
 
@@ -39,7 +40,7 @@ def language_model_loss(
       live: teacher name -> shape of teachers that read every batch beside the model. Their
         parameters, {name: params}, are a fourth argument of the loss_fn, which `train` gives it.
         No more of their logits exist at a time than of the model's own.
-      mesh: see `loss_of_rows`.
+      mesh: see `loss_of_rows`. Devices along its axis "sequence" share rows; `train` must know.
 
     Raises:
       InputError: a live teacher's vocabulary is another one; of the loss_fn, the parameters are not
@@ -52,7 +53,8 @@ def language_model_loss(
                 f"teacher {name}: has {shape.vocab_size} token ids, the student {config.vocab_size}"
             )
     shares = {name: shares_of(shape, compute_dtype, mesh) for name, shape in live.items()}
-    teachers = {name: _Reader(shape, shares[name]) for name, shape in live.items()}
+    times = _times(mesh)
+    teachers = {name: _Reader(shape, shares[name], times) for name, shape in live.items()}
 
     def totals(
         params: Any,
@@ -62,13 +64,14 @@ def language_model_loss(
         *,
         shares: parallel.Shares | None,
     ) -> losses.Totals:
-        targets = {"labels": batch["labels"]}
+        own = times.own(dict(batch)) if times else batch
+        targets = {"labels": own["labels"]}
         if teacher_targets is not None:
-            targets |= teacher_targets(batch["targets"])
+            targets |= teacher_targets(own["targets"])
         targets = jax.tree.map(_flat, targets)
         for name, teacher in teachers.items():
             targets[name] = teacher.targets(frozen[name], batch)
-        student = _Reader(config, shares)
+        student = _Reader(config, shares, times)
         hidden_ND = student.hidden(params, batch, remat)
         with jax.named_scope("head"):
             return student.head(
@@ -76,12 +79,19 @@ def language_model_loss(
                 hidden_ND,
                 params[student.unembedding],
                 targets,
-                _flat(batch["where"]),
+                _flat(own["where"]),
                 transposed=config.tied,
                 step=step,
             )
 
-    of_rows = loss_of_rows(config, totals, compute_dtype=compute_dtype, mesh=mesh, frozen=shares)
+    of_rows = loss_of_rows(
+        config,
+        totals,
+        compute_dtype=compute_dtype,
+        mesh=mesh,
+        frozen=shares,
+        split_time=times is not None,
+    )
 
     def loss_fn(params: Any, batch: Mapping[str, Any], step: Array, *frozen: Any) -> losses.Totals:
         given = sorted(name for trees in frozen for name in trees)
@@ -99,6 +109,7 @@ def loss_of_rows(
     compute_dtype: str = "float32",
     mesh: Mesh | None = None,
     frozen: Mapping[str, parallel.Shares | None] | None = None,
+    split_time: bool = False,
 ) -> LossFn:
     """A loss_fn for `train` from what is to be summed over rows.
 
@@ -112,12 +123,14 @@ def loss_of_rows(
         parameters whole when it needs them. None leaves that to the compiler.
       frozen: other models' names, and `shares_of` them: totals and the loss_fn get their
         parameters, {name: params}, after the step. They have no gradient.
+      split_time: see `parallel.over_rows`.
     """
     shares = shares_of(config, compute_dtype, mesh)
     if shares is not None:
         specs = {name: its.specs for name, its in (frozen or {}).items() if its is not None}
         of_rows = functools.partial(totals, shares=shares)
-        return parallel.over_rows(of_rows, shares, *([specs] if specs else []))
+        given = [specs] if specs else []
+        return parallel.over_rows(of_rows, shares, *given, split_time=split_time)
 
     def loss_fn(params: Any, batch: Mapping[str, Any], step: Array, *others: Any) -> losses.Totals:
         low, others = jax.tree.map(lambda p: p.astype(compute_dtype), (params, others))
@@ -133,6 +146,12 @@ def shares_of(config: LlamaConfig, dtype: str, mesh: Mesh | None) -> parallel.Sh
     return parallel.Shares(mesh, logical_axes(config), abstract_params(config), dtype)
 
 
+def _times(mesh: Mesh | None) -> Times | None:
+    """How devices share rows; None: they do not."""
+    shards = 1 if mesh is None else parallel.time_shards(mesh)
+    return Times(parallel.TIME_AXIS, shards) if shards > 1 else None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Reader:
     """A model as it reads a batch inside of the step.
@@ -140,10 +159,12 @@ class _Reader:
     Attributes:
       config: its shape.
       shares: how its parameters lie, if devices hold shares of them and rows of their own.
+      times: those of a device, if several share rows.
     """
 
     config: LlamaConfig
     shares: parallel.Shares | None
+    times: Times | None
 
     @property
     def unembedding(self) -> str:
@@ -179,6 +200,7 @@ class _Reader:
             batch["segment_ids"],
             remat=remat,
             reading=Reading() if self.shares is None else Reading.of(self.shares),
+            times=self.times,
         )
         return _flat(hidden_BTD)
 

@@ -30,6 +30,7 @@ def train(
     teachers: Mapping[str, Model] | None = None,
     name: str = "train",
     mesh: Mesh | None = None,
+    split_time: bool = False,
     profile: tuple[int, int] | None = None,
 ) -> Model:
     """Trains `model` and returns it trained; `model` itself is left as it was.
@@ -50,6 +51,8 @@ def train(
         Of several processes each must have them on the mesh already.
       name: the stage, for the progress bar.
       mesh: devices; None takes all of them, as one FSDP group.
+      split_time: whether devices along the mesh axis "sequence" share rows, as the losses of
+        `language_model_loss` expect; else they have rows of their own.
       profile: the first and the last of the steps that are traced.
 
     Raises:
@@ -59,7 +62,7 @@ def train(
         all processes stopped is there.
     """
     mesh = mesh or parallel.make_mesh()
-    check_rows(config, mesh, name)
+    check_rows(config, mesh, name, split_time=split_time)
     place = epath.Path(directory)
     place.mkdir(parents=True, exist_ok=True)
     with (
@@ -70,7 +73,7 @@ def train(
     ):
         frozen = _placed(teachers, mesh)
         axes = logical_axes(model.config)
-        jitted = jit_step(model.params, axes, loss_fn, config, mesh, *frozen)
+        jitted = jit_step(model.params, axes, loss_fn, config, mesh, *frozen, split_time=split_time)
         share = parallel.row_share(jitted.rows)
         state = _start(model, jitted, checkpoints, batches)
         first = int(state.step)

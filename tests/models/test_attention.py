@@ -11,19 +11,20 @@ from jax.sharding import PartitionSpec
 
 from distill_jax import parallel
 from distill_jax.models import attention
+from distill_jax.models.times import Times
 
 B, T, H, K, C = 2, 256, 4, 2, 16
 
 
-def arrays():
+def arrays(time=T):
     rng = np.random.default_rng(0)
-    shapes = {"query": (B, T, H, C), "key": (B, T, K, C), "value": (B, T, K, C)}
+    shapes = {"query": (B, time, H, C), "key": (B, time, K, C), "value": (B, time, K, C)}
     return [rng.standard_normal(shape, np.float32) for shape in shapes.values()]
 
 
-def segments():
+def segments(time=T):
     """Documents that end inside of and between the kernel's blocks, and padding."""
-    ids = np.ones((B, T), np.int32)
+    ids = np.ones((B, time), np.int32)
     ids[0, 100:] = 2
     ids[1, 128:] = 2
     ids[1, 200:] = 0
@@ -33,7 +34,7 @@ def segments():
 def by_hand(query, key, value, segment_ids):
     """Softmax attention in float64, head by head."""
     out = np.zeros(query.shape)
-    before = np.tri(T, dtype=bool)
+    before = np.tri(query.shape[1], dtype=bool)
     for row in range(B):
         same = segment_ids[row][:, None] == segment_ids[row][None]
         for head in range(H):
@@ -98,6 +99,49 @@ def test_heads_that_a_mesh_splits_or_cannot(interpreted, tensor):
     )
     found = jax.jit(run)(*arrays(), jnp.asarray(segments()))
     np.testing.assert_allclose(found, by_hand(*arrays(), segments()), atol=2e-6)
+
+
+def sharing(shards, tensor):
+    """Attention of rows that devices share, and how much each has to do with the mask given."""
+    config = parallel.MeshConfig(fsdp=1, sequence=shards, tensor=tensor)
+    mesh = parallel.make_mesh(config, jax.devices()[: shards * tensor])
+    times = Times("sequence", shards)
+
+    def of_device(query, key, value, ids):
+        attend = attention.segment_attention(ids, times)
+        return attend(*times.own((query, key, value)), None)[0]
+
+    run = jax.shard_map(
+        of_device,
+        mesh=mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(None, "sequence"),
+        axis_names={"data", "fsdp", "fsdp_minor", "sequence"},
+        check_vma=False,
+    )
+    return lambda *inputs: run(*inputs)[:, np.argsort(times.order(inputs[0].shape[1]))]
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize(("shards", "tensor"), [(2, 1), (4, 2)])
+def test_devices_that_share_rows(request, kernels, shards, tensor):
+    if kernels:
+        request.getfixturevalue("interpreted")
+    time = 256 * shards
+    inputs, ids = arrays(time), jnp.asarray(segments(time))
+    attend = jax.jit(sharing(shards, tensor))
+    expected = by_hand(*inputs, segments(time))
+    np.testing.assert_allclose(attend(*inputs, ids), expected, atol=3e-6)
+    weights = np.random.default_rng(1).standard_normal(expected.shape, np.float32)
+    alone = lambda *inputs, ids: attention.segment_attention(ids)(*inputs, None)[0]  # noqa: E731
+
+    def slopes(attend):
+        total = lambda *inputs: jnp.sum(weights * attend(*inputs))  # noqa: E731
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*inputs)
+
+    found = slopes(lambda *inputs: attend(*inputs, ids))
+    request.getfixturevalue("monkeypatch").setattr(attention, "_kernels", lambda: False)
+    chex.assert_trees_all_close(found, slopes(functools.partial(alone, ids=ids)), atol=1e-4)
 
 
 def test_lengths_that_no_block_divides_are_left_to_xla(interpreted):

@@ -56,8 +56,10 @@ def test_what_fsdp_splits_lies_along_two_axes_of_a_slice(slice_, fsdp, minor):
 
 def test_a_second_axis_of_fsdp():
     mesh = parallel.make_mesh(parallel.MeshConfig(fsdp=4, fsdp_minor=2, tensor=2))
-    assert tuple(mesh.shape.values()) == (1, 2, 2, 2)
-    assert parallel.mesh_sizes(mesh) == {"data": 1, "fsdp": 4, "fsdp_minor": 2, "tensor": 2}
+    assert tuple(mesh.shape.values()) == (1, 2, 2, 1, 2)
+    sizes = {"data": 1, "fsdp": 4, "fsdp_minor": 2, "sequence": 1, "tensor": 2}
+    assert parallel.mesh_sizes(mesh) == sizes
+    assert parallel.make_mesh(parallel.MeshConfig(**sizes)) == mesh
     assert parallel.row_shards(mesh) == 4
     odd = {"even": ("embed",), "odd": ("embed",)}
     sizes = {"even": jax.ShapeDtypeStruct((8,), "float32"), "odd": jax.ShapeDtypeStruct((6,), "i4")}
@@ -65,6 +67,18 @@ def test_a_second_axis_of_fsdp():
     assert found == {"even": P(("fsdp", "fsdp_minor")), "odd": P("fsdp")}
     with pytest.raises(InputError, match="fsdp_minor=3 does not divide fsdp=8"):
         parallel.make_mesh(parallel.MeshConfig(fsdp_minor=3))
+
+
+def test_devices_that_share_rows_where_they_can():
+    mesh = parallel.make_mesh(parallel.MeshConfig(data=2, sequence=4))
+    assert (parallel.row_shards(mesh), parallel.time_shards(mesh)) == (8, 4)
+    assert parallel.row_shards(mesh, split_time=True) == 2
+    rows = parallel.batch_sharding(mesh, split_time=True)
+    assert rows.shard_shape((4, 16)) == (2, 16)
+    assert parallel.batch_sharding(mesh).shard_shape((8, 16)) == (1, 16)
+    table = jax.ShapeDtypeStruct((64, 16), "float32")
+    (found,) = jax.tree.leaves(parallel.shardings(mesh, [("vocab", "embed")], [table]))
+    assert found.shard_shape(table.shape) == (64, 4)
 
 
 @pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (-1, -1, 1), (16, -1, 1)])

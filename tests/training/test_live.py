@@ -38,7 +38,11 @@ OBJECTIVE = losses.weighted_sum(
     large=(0.5, losses.distill("large", losses.reverse_kl, temperature=TEMPERATURE)),
     small=(0.4, losses.distill("small", losses.forward_kl)),
 )
-MESHES = ({"data": 2, "fsdp_minor": 2}, {"data": 2, "tensor": 2})
+MESHES = (
+    {"data": 2, "fsdp_minor": 2},
+    {"data": 2, "tensor": 2},
+    {"sequence": 2, "tensor": 2},
+)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -94,7 +98,9 @@ def step(mesh, parts=1, **options):
     return jax.jit(gradient)
 
 
-@pytest.mark.parametrize(("sizes", "parts"), [(None, 1), (MESHES[0], 1), (MESHES[1], 2)])
+@pytest.mark.parametrize(
+    ("sizes", "parts"), [(None, 1), (MESHES[0], 1), (MESHES[1], 2), (MESHES[2], 2)]
+)
 def test_loss_and_gradient_are_those_of_logits_that_were_there_before(sizes, parts):
     loss, gradient = beforehand(params(STUDENT, 0))
     student, frozen = params(STUDENT, 0), teachers()
