@@ -227,24 +227,24 @@ def _work(op: hlo.Op, around: hlo.Computation, chip: Chip) -> _Work:
 def _kernel_seconds(op: hlo.Op, around: hlo.Computation, chip: Chip) -> float:
     """Of a Pallas call, from the operations that it states, or those of JAX's splash attention.
 
-    Each of that one's matrix products is of queries [..., T, C] with keys of as many tokens, half
-    of which are masked.
+    Each of that one's matrix products is of queries [..., T, C] with keys [..., S, C], half of
+    which are masked.
     """
     if stated := hlo.number(r'"flops":"?(\d+)', op.rest):
         return stated / (_KERNEL_SHARE * chip.flops)
     found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", op.scope)
     types = [around[name].type for name in op.operands if name in around]
-    query = next(filter(None, map(_array, types)), None)
+    query, key, *_ = [*filter(None, map(_array, types)), None, None]
     results = [array for array in map(_array, hlo.leaves(op.type)) if array]
-    if not (found and query and results):
+    if not (found and query and key and results):
         return 0.0
     # Queries' gradients are then there too, for each block of keys.
     fused = any(len(array) > len(query) for array in results)
     products = {"fwd": 2, "dq": 3, "dkv": 5 if fused else 4}[found[1]]
-    time = max(results, key=len)[-2]  # queries and keys may come transposed
-    channels = math.prod(query[-2:]) // time
+    channels = max(results, key=len)[-1]  # queries and keys may come transposed
+    keys = math.prod(key[-2:]) // channels
     share = _KERNEL_SHARE if channels >= _WIDE else _NARROW_SHARE
-    return products * 2 * math.prod(query) * time / 2 / (share * chip.flops)
+    return products * 2 * math.prod(query) * keys / 2 / (share * chip.flops)
 
 
 def _array(type_: str) -> list[int] | None:

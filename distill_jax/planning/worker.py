@@ -72,7 +72,8 @@ def compile_apart(
     ended = subprocess.run(
         COMMAND,
         input=json.dumps(asked),
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        # With a filtered traceback the last line would be about the filter.
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off"},
         capture_output=True,
         text=True,
     )

@@ -64,7 +64,8 @@ def language_model_loss(
         *,
         shares: parallel.Shares | None,
     ) -> losses.Totals:
-        own = times.own(dict(batch)) if times else batch
+        own = {key: batch[key] for key in ("labels", "where", "targets") if key in batch}
+        own = times.own(own) if times else own
         targets = {"labels": own["labels"]}
         if teacher_targets is not None:
             targets |= teacher_targets(own["targets"])

@@ -277,21 +277,27 @@ def test_kernels():
 
 @pytest.mark.parametrize(("phase", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
 @pytest.mark.parametrize(("channels", "reached"), [(64, 30e12), (128, 50e12)])
-def test_splash_attention_says_nothing_of_its_work(phase, products, channels, reached):
-    """A product of a causal row is half of 2 T T C operations for every head of every row."""
+@pytest.mark.parametrize("shared", [1, 4])
+def test_splash_attention_says_nothing_of_its_work(phase, products, channels, reached, shared):
+    """A product of a causal row is half of 2 T S C operations for every head of every row.
+
+    S is T, or the times of all devices that share the row.
+    """
+    keys = 4096 * shared
+    result = f"2,8,{keys}" if phase == "dkv" else "2,32,4096"
     scope = f"jit(step)/attention/vmap(splash_mha_{phase}_segmented_no_residuals)/pallas_call"
     target = 'custom_call_target="tpu_custom_call"'
     text = module(
         [
             "%m = s8[4,4]{1,0} parameter(0)",
             f"%q = bf16[2,32,{channels},4096]{{3,2,1,0:T(8,128)(2,1)}} parameter(1)",
-            f"%k = bf16[2,8,{channels},4096]{{3,2,1,0:T(8,128)(2,1)}} parameter(2)",
-            f"ROOT %s = bf16[2,32,4096,{channels}]{{3,2,1,0}} custom-call(%m, %q, %k), {target}, "
+            f"%k = bf16[2,8,{channels},{keys}]{{3,2,1,0:T(8,128)(2,1)}} parameter(2)",
+            f"ROOT %s = bf16[{result},{channels}]{{3,2,1,0}} custom-call(%m, %q, %k), {target}, "
             f'metadata={{op_name="{scope}"}}',
         ]
     )
     cost = estimate(text, CHIP, parts=("attention",))
-    flops = products * 2 * 32 * 4096 * 4096 * channels
+    flops = products * 2 * 32 * 4096 * keys * channels
     assert cost.kernel_seconds == pytest.approx(flops / reached)
     assert cost.parts == {"attention": cost.seconds}
 

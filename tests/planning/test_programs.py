@@ -266,7 +266,8 @@ def test_the_recipes_own_choice_is_kept_and_others_are_made(recipe):
     choice = Choice(batch=3, remat="dots", mesh=mesh)
     (program,) = programs(recipe, "distill", choice=choice)
     assert (program.rows, program.batch, program.remat) == (12, 3, "dots")
-    assert dict(program.mesh.shape) == {"data": 2, "fsdp": 2, "fsdp_minor": 1, "tensor": 2}
+    sizes = {"data": 2, "fsdp": 2, "fsdp_minor": 1, "sequence": 1, "tensor": 2}
+    assert dict(program.mesh.shape) == sizes
     assert any("a batch has 12 rows, the recipe's 8" in note for note in program.notes)
 
 

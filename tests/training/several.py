@@ -23,10 +23,11 @@ CONFIG = models.LlamaConfig(
 )
 TRAIN = TrainConfig(steps=16, batch_rows=8, checkpoint_every=100)
 FSDP = parallel.MeshConfig(fsdp=2, data=-1)
-TENSOR = parallel.MeshConfig(fsdp=1, tensor=4)
+SHARED = parallel.MeshConfig(fsdp=1, sequence=4)
+"""All devices, those of other processes too, have parts of the same rows."""
 
 
-def rows(count=28, time=9):
+def rows(count=28, time=8):
     rng = np.random.default_rng(0)
     segments = np.repeat([1, 2, 0], [4, 3, time - 7]).astype(np.int32)
     return [
@@ -85,7 +86,7 @@ def run(directory, *, devices=None, mesh=FSDP, disturbed=None):
       disturbed: (number, deed) of a batch before which this process does something.
     """
     mesh = parallel.make_mesh(mesh, None if devices is None else jax.devices()[:devices])
-    share = parallel.row_share(parallel.batch_sharding(mesh))
+    share = parallel.row_share(parallel.batch_sharding(mesh, split_time=True))
     batches = data.batches(
         rows(), batch_rows=8, seed=5, process_index=share.index, process_count=share.count
     )
@@ -95,7 +96,9 @@ def run(directory, *, devices=None, mesh=FSDP, disturbed=None):
     if directory.name.startswith("model"):
         loss_fn = language_model_loss(CONFIG, losses.hard_labels(), mesh=mesh)
     with parallel.stoppable():
-        return train(random_model(mesh), loss_fn, batches, TRAIN, directory, mesh=mesh)
+        return train(
+            random_model(mesh), loss_fn, batches, TRAIN, directory, mesh=mesh, split_time=True
+        )
 
 
 def stopped(directory, **options):
@@ -120,7 +123,7 @@ def digest(model):
 def begin(root, second):
     """Undisturbed runs, and one that stops; the second process alone is told so."""
     whole = digest(run(root / "two"))
-    run(root / "model-two", mesh=TENSOR)
+    run(root / "model-two", mesh=SHARED)
     step = stopped(root / "cycle", disturbed=(4, told) if second else None)
     return {"digest": whole, "stopped": step}
 

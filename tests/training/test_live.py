@@ -64,6 +64,7 @@ def batch():
         "labels": rng.integers(0, V, (ROWS, TIME)).astype(np.int32),
         "segment_ids": ids,
         "where": (rng.random((ROWS, TIME)) < 0.7).astype(np.float32),
+        "row_id": np.arange(ROWS),
     }
 
 

@@ -33,7 +33,7 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-def rows(count=20, time=9):
+def rows(count=20, time=12):
     rng = np.random.default_rng(0)
     for _ in range(count):
         segments = np.repeat([1, 2, 0], [4, 3, time - 7]).astype(np.int32)
@@ -88,7 +88,8 @@ def run(directory, iterator=None, config=TRAIN, mesh=None, shape=CONFIG):
     model = models.Model(shape, models.init_params(shape, jax.random.key(0)))
     objective = losses.weighted_sum(hard=(1.0, losses.hard_labels()))
     loss_fn = language_model_loss(shape, objective, mesh=mesh)
-    return train(model, loss_fn, iterator or batches(), config, directory, mesh=mesh)
+    iterator = iterator or batches()
+    return train(model, loss_fn, iterator, config, directory, mesh=mesh, split_time=True)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_killed_or_told_to_stop_it_goes_on_with_the_same_bits(tmp_path, model):
     expected = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert read_metrics(place / "metrics.jsonl") == expected
     assert [line["step"] for line in expected] == list(range(1, 8))
-    assert expected[-1]["tokens"] == 7 * 8 * 9
+    assert expected[-1]["tokens"] == 7 * 8 * 12
     sessions = [(one["first"], one["last"]) for one in read_sessions(epath.Path(place))]
     assert sessions == [(0, 1), (0, 3), (3, 5), (4, 6), (6, 7)]
 
@@ -140,13 +141,19 @@ def test_learns_and_reports_the_loss_of_the_parameters_before_the_step(tmp_path)
     assert lines[0]["hard"] == lines[0]["loss"]
 
 
-# Left whole, and split over two devices.
-@pytest.mark.parametrize("vocabulary", [pytest.param(31, marks=pytest.mark.slow), 32])
-def test_one_device_and_eight_agree(tmp_path, vocabulary):
+# A vocabulary that is left whole, with rows that devices share, and one that is split over two.
+@pytest.mark.parametrize(
+    ("vocabulary", "sizes"),
+    [
+        pytest.param(31, {"sequence": 2, "tensor": 2}, marks=pytest.mark.slow),
+        (32, {"data": 2, "tensor": 2}),
+    ],
+)
+def test_one_device_and_eight_agree(tmp_path, vocabulary, sizes):
     shape = dataclasses.replace(CONFIG, vocab_size=vocabulary)
     eight = run(
         tmp_path / "eight",
-        mesh=parallel.make_mesh(parallel.MeshConfig(data=2, tensor=2)),
+        mesh=parallel.make_mesh(parallel.MeshConfig(**sizes)),
         shape=shape,
     )
     single = jax.sharding.Mesh(

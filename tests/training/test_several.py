@@ -60,7 +60,7 @@ def cycled(tmp_path_factory):
     "whole" was undisturbed in this process with eight devices, "two" in two processes; "cycle" was
     stopped in two, in this one with eight, four and eight devices, and ended in two; "again" was
     stopped in two and ended there. "model" is of a language model in this process, "model-two" in
-    two that see the same rows, since its heads and vocabulary are split over all devices.
+    two whose devices all share rows.
     """
     place = tmp_path_factory.mktemp("several")
     several.run(place / "whole")
