@@ -48,8 +48,11 @@ class Store:
         self.manifest: Manifest = read_manifest(directory)
         self._files = LocalFiles(self.directory, self.manifest)
         self._check_files()
-        counts = self._files.fetch(TOKEN_COUNTS).read_bytes()
-        token_counts = order.counts_from_bytes(counts, self.identity.vocab_size)
+        counts = self._files.fetch(TOKEN_COUNTS)
+        try:
+            token_counts = order.counts_from_bytes(counts.read_bytes(), self.identity.vocab_size)
+        except InputError as error:
+            raise InputError(f"{counts}: {error}") from error
         self.codec = make_codec(self.identity, token_counts)
         self._records = tfds.builder_from_directory(self._files.directory).as_data_source(SPLIT)
         self._keys = np.load(self._files.fetch(KEYS), mmap_mode="r", allow_pickle=False)

@@ -269,6 +269,8 @@ def of_identity(**changes):
         (of_identity(rows=10**6), r"store\.json: does not name teacher_targets"),
         (lambda value: value["files"].pop("keys.npy"), r"store\.json: does not name keys\.npy"),
         (of_identity(rows=8), "copy: has keys of 7 rows, not 8"),
+        (of_identity(vocab_size=9), r"token_counts\.bin: not the counts of a vocabulary"),
+        (of_identity(vocab_size=70_001), r"token_counts\.bin: has counts of 70000 ids"),
     ],
 )
 def test_a_manifest_that_was_made_up_is_refused(copy, change, message):
