@@ -334,7 +334,8 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, teacher, corpus):
         ({"reuse": {"typo": []}}, r"reuse: \['typo'\] are not schemes"),
         ({"corpus": ListCorpus([])}, "has no rows"),
         ({"corpus": make_corpus(2, vocab=VOCAB + 40)}, "vocabulary ends at 299"),
-        ({"corpus": make_corpus(2, time=6)}, r"row 0 has shape \(6,\), not \(12,\)"),
+        ({"corpus": make_corpus(2, time=6)}, r"row 0 has tokens of shape \(6,\), not \(12,\)"),
+        ({"corpus": ListCorpus([(np.ones(12, "i4"), np.ones(6, "i4"))])}, "segment_ids of shape"),
     ],
 )
 def test_wrong_inputs_are_refused(tmp_path, teacher, corpus, options, message):
