@@ -157,8 +157,20 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(place.read_text())
     except FileNotFoundError as error:
         raise InputError(f"{place}: no such file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not valid JSON ({error})") from error
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+      InputError: the file is missing, is not JSON, or holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{os.fspath(path)}: not a JSON object")
+    return value
 
 
 def diff(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

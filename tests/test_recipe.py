@@ -1,13 +1,15 @@
 import dataclasses
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from teachers import known
 
-from distill_jax import losses, models, pruning
+from distill_jax import losses, models, pruning, teachers
 from distill_jax.artifacts import InputError
 from distill_jax.recipe import (
     Round,
@@ -199,6 +201,33 @@ def test_a_divergence_chooses_the_store_that_can_give_it():
     assert store("distill.terms.large.targets=top_k") == "top_k"
     with pytest.raises(InputError, match=r"distill\.terms\.large\.targets: 'x' is none of"):
         store("distill.terms.large.targets=x")
+
+
+def test_a_store_that_keeps_something_else_than_the_recipe_says_is_refused(tmp_path):
+    def write(recipe, scheme):
+        teacher, corpus = known.make_teacher(), known.make_corpus(2)
+        for name in recipe.teachers:
+            teachers.write_stores(
+                {scheme: tmp_path / "targets" / name / "samples"},
+                {scheme: recipe.targets.schemes[scheme]},
+                teacher.model,
+                corpus,
+                hidden_states=teacher.hidden_states,
+            )
+
+    recipe = load_recipe(TINY, ["size=test"])
+    run = Run(recipe, epath.Path(tmp_path))
+    with pytest.raises(InputError, match=r"targets/large/samples: no such file"):
+        students.open_stores(run, "distill")
+    write(recipe, "samples")
+    assert students.open_stores(run, "distill").keys() == {"large", "small"}
+    shutil.rmtree(tmp_path / "targets")
+    write(recipe, "top_k")
+    expected = (
+        r"teacher large: .*samples has TopK\(k=16\), the recipe Threshold\(tau=0.04, ids=None"
+    )
+    with pytest.raises(InputError, match=expected):
+        students.open_stores(run, "distill")
 
 
 @pytest.mark.parametrize("divergence", losses.DIVERGENCES)

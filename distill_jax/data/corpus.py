@@ -96,7 +96,7 @@ def build_corpus(
         "tokenizer_fingerprint": tokenizer.fingerprint,
     }
     if (place / _MANIFEST).exists():
-        manifest = artifacts.read_json(place / _MANIFEST)
+        manifest = artifacts.read_object(place / _MANIFEST)
         if changes := artifacts.diff({name: manifest.get(name) for name in wanted}, wanted):
             raise InputError(f"{place}: holds another corpus ({'; '.join(changes)})")
         return manifest["splits"]
@@ -125,6 +125,7 @@ class Corpus:
     """
 
     def __init__(self, directory: epath.Path, manifest: Mapping[str, Any], split: str):
+        self._directory = directory
         self.split = split
         self.fingerprint: str = manifest["splits"][split]["fingerprint"]
         self.sequence_length: int = manifest["config"]["sequence_length"]
@@ -142,7 +143,15 @@ class Corpus:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self._rows:
             raise IndexError(f"row {index} of {self._rows}")
-        record = self._source[index]
+        try:
+            record = self._source[index]
+            if record["key"] is None:  # so reads a file cut to a multiple of 64 KiB
+                raise ValueError("it is empty")
+        except (ValueError, RuntimeError, IndexError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{self._directory}: row {index} of {self.split} is damaged ({reason})"
+            ) from error
         return record | {"row_id": int(record["row_id"]), "key": record["key"].decode()}
 
 
@@ -157,12 +166,16 @@ def open_corpus(
       tokenizer: if given, the tokenizer that must have made the corpus.
 
     Raises:
-      InputError: no finished corpus is there, it lacks the split, or another tokenizer made it.
+      InputError: no finished corpus is there, it lacks the split, or another tokenizer made it; a
+        damaged row shows when it is read.
     """
     place = artifacts.resolve(directory)
-    manifest = artifacts.read_json(place / _MANIFEST)
+    manifest = artifacts.read_object(place / _MANIFEST)
     if manifest.get("format") != _FORMAT:
         raise InputError(f"{place / _MANIFEST}: format {manifest.get('format')!r} is not {_FORMAT}")
+    lacking = {"config", "splits", "tokenizer_fingerprint"} - manifest.keys()
+    if lacking:
+        raise InputError(f"{place / _MANIFEST}: has no {', '.join(sorted(lacking))}")
     if split not in manifest["splits"]:
         raise InputError(f"{place}: no split {split!r}; it has {', '.join(manifest['splits'])}")
     made_with = manifest["tokenizer_fingerprint"]

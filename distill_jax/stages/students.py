@@ -9,6 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from distill_jax import data, losses, models, pruning, teachers, training
+from distill_jax.artifacts import InputError
 from distill_jax.pipeline import Stage
 from distill_jax.pruning import PruneConfig
 from distill_jax.recipe import Control, DistillConfig, Recipe, to_json
@@ -154,11 +155,7 @@ def _train_by_teachers(
     train = dataclasses.replace(distill.train, seed=seed)
     corpus = run.corpus("train")
     rows: data.RowSource = corpus
-    if names := _stores(recipe, field):
-        stores = {
-            name: teachers.open_store(run.directory / context.targets(name) / store)
-            for name, store in names.items()
-        }
+    if stores := open_stores(run, field):
         rows = teachers.join(
             corpus,
             stores,
@@ -169,6 +166,24 @@ def _train_by_teachers(
     shapes = {name: models.load_config(run.directory / stage) for name, stage in live.items()}
     loss_fn = distill_loss(recipe, field, model.config, run.mesh, shapes)
     return run.train(place, model, loss_fn, rows, train, live)
+
+
+def open_stores(run: Run, field: str) -> dict[str, teachers.Store]:
+    """The stores that a training, a key of `Recipe.trainings`, reads, by teacher.
+
+    Raises:
+      InputError: one is not finished or is damaged, or keeps something else than the recipe says.
+    """
+    stores = {}
+    for name, scheme in _stores(run.recipe, field).items():
+        store = teachers.open_store(run.directory / context.targets(name) / scheme)
+        wanted = run.recipe.targets.schemes[scheme]
+        if store.scheme != wanted:
+            raise InputError(
+                f"teacher {name}: {store.directory} has {store.scheme}, the recipe {wanted}"
+            )
+        stores[name] = store
+    return stores
 
 
 def _stores(recipe: Recipe, field: str) -> dict[str, str]:

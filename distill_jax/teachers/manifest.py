@@ -50,6 +50,11 @@ class Identity:
     scheme: Scheme
     codec: int = CODEC_VERSION
 
+    def __post_init__(self):
+        for name in ("rows", "rows_per_shard", "sequence_length", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} is less than 1")
+
     @property
     def shards(self) -> int:
         """Number of shards."""
@@ -116,18 +121,28 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     path = epath.Path(directory) / MANIFEST
     if not path.exists():
         raise InputError(f"{directory}: no {MANIFEST}, so this is no finished store of targets")
-    value = artifacts.read_json(path)
+    value = artifacts.read_object(path)
     try:
-        checksum = value.pop("checksum")
-        fields = dict(value["identity"])
-        if fields["codec"] != CODEC_VERSION:
-            raise InputError(f"{path}: codec {fields['codec']}, this program reads {CODEC_VERSION}")
-        if checksum != artifacts.fingerprint(value):
-            raise InputError(f"{path}: was changed after it was written, its checksum does not fit")
-        identity = Identity(**fields | {"scheme": scheme_from_json(fields["scheme"])})
-        return Manifest(**value | {"identity": identity})
-    except (AttributeError, KeyError, TypeError) as error:
+        return _from_json(value)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the manifest of a store ({error})") from error
+
+
+def _from_json(value: dict[str, Any]) -> Manifest:
+    checksum = value.pop("checksum")
+    fields = dict(value["identity"])
+    if fields["codec"] != CODEC_VERSION:
+        raise InputError(f"codec {fields['codec']}, this program reads {CODEC_VERSION}")
+    if checksum != artifacts.fingerprint(value):
+        raise InputError("was changed after it was written, its checksum does not fit")
+    for kind, found in ((Identity, fields), (Manifest, value)):
+        for field in dataclasses.fields(kind):
+            if field.type in (int, float, str) and type(found[field.name]) is not field.type:
+                raise TypeError(f"{field.name} is {found[field.name]!r}")
+    identity = Identity(**fields | {"scheme": scheme_from_json(fields["scheme"])})
+    return Manifest(**value | {"identity": identity, "files": dict(value["files"])})
 
 
 def teacher_fingerprint(model: models.Model) -> str:

@@ -106,12 +106,14 @@ def check_row(record: Mapping[str, Any], row: int, identity: Identity) -> None:
     Raises:
       InputError: it is of another length, or has a token outside the vocabulary.
     """
+    for name in ("tokens", "segment_ids"):
+        shape = np.shape(record[name])
+        if shape != (identity.sequence_length,):
+            raise InputError(
+                f"corpus {identity.corpus}: row {row} has {name} of shape {shape}, "
+                f"not ({identity.sequence_length},)"
+            )
     tokens = np.asarray(record["tokens"])
-    if tokens.shape != (identity.sequence_length,):
-        raise InputError(
-            f"corpus {identity.corpus}: row {row} has shape {tokens.shape}, "
-            f"not ({identity.sequence_length},)"
-        )
     if tokens.min() < 0 or tokens.max() >= identity.vocab_size:
         raise InputError(
             f"corpus {identity.corpus}: row {row} has token "

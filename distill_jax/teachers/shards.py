@@ -30,6 +30,8 @@ KEYS = "keys.npy"
 TOKEN_COUNTS = "token_counts.bin"
 """Names inside a store: the TFDS dataset, its split, the rows' content keys, and how often each
 id occurs in the corpus."""
+SMALL_FILES = (KEYS, TOKEN_COUNTS, "dataset_info.json", "features.json")
+"""All files beside the shards and the manifest."""
 _PROGRESS = ".progress"
 _PLAN = "plan.json"
 # The codec leaves nothing to compress. One record per group, because training reads at random.
@@ -103,7 +105,7 @@ class StoreWriter:
         if finished or plan.exists():
             stored = read_manifest(self.directory).identity.to_json() if finished else None
             wanted = self.identity.to_json()
-            differences = artifacts.diff(stored or artifacts.read_json(plan), wanted)
+            differences = artifacts.diff(stored or artifacts.read_object(plan), wanted)
             if differences:
                 raise InputError(
                     f"{self.directory}: already holds other targets ({differences[0]})"
@@ -159,7 +161,7 @@ class StoreWriter:
         for name, data in self._metadata().items():
             artifacts.write_bytes(self.directory / name, data)
         files = {shard_name(self.identity, i): shard["hash"] for i, shard in enumerate(shards)}
-        for name in (KEYS, TOKEN_COUNTS, "dataset_info.json", "features.json"):
+        for name in SMALL_FILES:
             files[name] = artifacts.hash_file(self.directory / name)
         manifest = Manifest(
             identity=self.identity,

@@ -13,9 +13,15 @@ from distill_jax.artifacts import InputError
 from distill_jax.teachers import order
 from distill_jax.teachers.cache import LocalFiles
 from distill_jax.teachers.codec import CorruptRecord
-from distill_jax.teachers.manifest import Identity, Manifest, make_codec, read_manifest
+from distill_jax.teachers.manifest import (
+    MANIFEST,
+    Identity,
+    Manifest,
+    make_codec,
+    read_manifest,
+)
 from distill_jax.teachers.schemes import Scheme
-from distill_jax.teachers.shards import KEYS, SPLIT, TOKEN_COUNTS, shard_name
+from distill_jax.teachers.shards import KEYS, SMALL_FILES, SPLIT, TOKEN_COUNTS, shard_name
 
 _Read = TypeVar("_Read")
 
@@ -42,11 +48,16 @@ class Store:
         self.manifest: Manifest = read_manifest(directory)
         self._files = LocalFiles(self.directory, self.manifest)
         self._check_files()
-        counts = self._files.fetch(TOKEN_COUNTS).read_bytes()
-        token_counts = order.counts_from_bytes(counts, self.identity.vocab_size)
+        counts = self._files.fetch(TOKEN_COUNTS)
+        try:
+            token_counts = order.counts_from_bytes(counts.read_bytes(), self.identity.vocab_size)
+        except InputError as error:
+            raise InputError(f"{counts}: {error}") from error
         self.codec = make_codec(self.identity, token_counts)
         self._records = tfds.builder_from_directory(self._files.directory).as_data_source(SPLIT)
         self._keys = np.load(self._files.fetch(KEYS), mmap_mode="r", allow_pickle=False)
+        if len(self._keys) != len(self):
+            raise InputError(f"{directory}: has keys of {len(self._keys)} rows, not {len(self)}")
         self._by_key: np.ndarray | None = None
 
     @property
@@ -122,9 +133,15 @@ class Store:
 
     def _check_files(self) -> None:
         """Looks for all files and hashes all but the shards, whose records have checksums."""
-        shards = {shard_name(self.identity, shard) for shard in range(self.identity.shards)}
+        files = self.manifest.files
+        # However many shards there are said to be, one of the first is not named if there are more.
+        shards = {
+            shard_name(self.identity, i) for i in range(min(self.identity.shards, len(files)))
+        }
+        for name in sorted({*shards, *SMALL_FILES} - files.keys()):
+            raise InputError(f"{self.directory / MANIFEST}: does not name {name}")
         there = {path.name for path in self.directory.iterdir()}
-        for name, expected in self.manifest.files.items():
+        for name, expected in files.items():
             if name not in there:
                 raise InputError(f"{self.directory / name}: missing from the store")
             if name not in shards:

@@ -30,7 +30,8 @@ def verify(
 
     Args:
       directory: the store.
-      corpus: the corpus it was written for; None leaves it and the teacher out.
+      corpus: the corpus it was written for, whose rows are all compared by key; None leaves it and
+        the teacher out.
       model: the teacher; None leaves it out.
       sample: rows that are computed again.
       seed: draws them.
@@ -58,6 +59,7 @@ def verify(
             f"{store.directory}: written for corpus {store.identity.corpus}, "
             f"not for {corpus.fingerprint}"
         )
+    _check_rows(store, corpus)
     if model is None:
         return figures
     fingerprint = teacher_fingerprint(model)
@@ -111,6 +113,19 @@ def _check_records(store: Store) -> dict[str, Any]:
     return {"rows": len(store), "tokens": tokens}
 
 
+def _check_rows(store: Store, corpus: Corpus) -> None:
+    if len(corpus) != len(store):
+        raise InputError(f"{store.directory}: has {len(store)} rows, the corpus {len(corpus)}")
+    with progress.bar("verify corpus", len(store), unit="rows") as bar:
+        for row in range(len(store)):
+            key = corpus[row]["key"]
+            if key != store.key(row):
+                raise InputError(
+                    f"{store.directory}: row {row} is {store.key(row)}, the corpus's is {key}"
+                )
+            bar.advance()
+
+
 def _check_sample(
     store: Store, corpus: Corpus, model: models.Model, rows: list[int], tolerance: float
 ) -> dict[str, Any]:
@@ -118,8 +133,6 @@ def _check_sample(
     with progress.bar("verify teacher", len(rows), unit="rows") as bar:
         for row in rows:
             record, stored = corpus[row], store[row]
-            if record["key"] != stored["key"]:
-                raise InputError(f"{store.directory}: row {row} is not the corpus's row {row}")
             again = _ask(model, store, record)
             real_T = np.asarray(record["segment_ids"]) > 0
             distance_T = _distance(store, stored["targets"], again)[real_T]

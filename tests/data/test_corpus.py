@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +210,31 @@ def test_another_vocabulary_is_refused(built, sources, tokenizer):
     corpus = data.open_corpus(built[0], "train", tokenizer=tokenizer)
     assert corpus.tokenizer_fingerprint == tokenizer.fingerprint
     assert corpus.sequence_length == 32
+
+
+@pytest.mark.parametrize("length", [0, 100, 1 << 16])
+def test_a_row_of_a_file_cut_short_is_refused(built, tmp_path, length):
+    copy = shutil.copytree(built[0], tmp_path / "copy")
+    (file,) = copy.rglob("corpus-train.array_record*")
+    os.truncate(file, length)
+    assert len(data.open_corpus(copy, "held_out")[0]["tokens"]) == 32
+    with pytest.raises(InputError, match=f"{copy}: row 3 of train is damaged"):
+        data.open_corpus(copy, "train")[3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "not a JSON object"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"format": 1, "config": {}}', "has no splits, tokenizer_fingerprint"),
+        ('{"format": 2}', "format 2 is not 1"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(tmp_path, text, message):
+    (tmp_path / "corpus.json").write_text(text)
+    with pytest.raises(InputError, match=rf"corpus\.json: {message}"):
+        data.open_corpus(tmp_path, "train")
 
 
 def test_wrong_splits_and_places_are_refused(built, tmp_path):

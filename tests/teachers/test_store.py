@@ -167,6 +167,13 @@ def test_a_second_writer_starts_at_the_first_missing_shard(tmp_path):
     assert StoreWriter(tmp_path, identity(), TOKEN_COUNTS).begin() == []
 
 
+def test_a_plan_that_is_none_is_refused(tmp_path):
+    StoreWriter(tmp_path, identity(), TOKEN_COUNTS).begin()
+    (tmp_path / ".progress" / "plan.json").write_text("[]")
+    with pytest.raises(InputError, match=r"plan\.json: not a JSON object"):
+        StoreWriter(tmp_path, identity(), TOKEN_COUNTS).begin()
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_other_targets_are_not_overwritten(tmp_path, finished):
     StoreWriter(tmp_path, identity(), TOKEN_COUNTS).begin()
@@ -235,6 +242,7 @@ def test_a_record_replaced_by_a_valid_one_is_noticed(copy):
         (lambda value: value["identity"].update(temperature=2.0), "was changed after"),
         (lambda value: value.update(width=1), "was changed after"),
         (lambda value: value.pop("checksum"), "not the manifest of a store"),
+        (lambda value: value.update(identity="abc"), "not the manifest of a store"),
     ],
 )
 def test_a_wrong_manifest_is_refused(copy, change, message):
@@ -242,6 +250,36 @@ def test_a_wrong_manifest_is_refused(copy, change, message):
     change(value)
     (copy / "store.json").write_text(json.dumps(value))
     with pytest.raises(InputError, match=rf"store\.json: .*{message}"):
+        teachers.open_store(copy)
+
+
+def of_identity(**changes):
+    return lambda value: value["identity"].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of_identity(rows="7"), r"store\.json: .*rows is '7'"),
+        (of_identity(rows_per_shard=0), r"store\.json: rows_per_shard: 0 is less than 1"),
+        (of_identity(temperature="warm"), r"store\.json: .*temperature is 'warm'"),
+        (of_identity(scheme={"name": "x"}), r"store\.json: scheme: 'x' is none of"),
+        (lambda value: value.update(width=None), r"store\.json: .*width is None"),
+        (lambda value: value.update(files=[1]), r"store\.json: not the manifest"),
+        (of_identity(rows=10**6), r"store\.json: does not name teacher_targets"),
+        (lambda value: value["files"].pop("keys.npy"), r"store\.json: does not name keys\.npy"),
+        (of_identity(rows=8), "copy: has keys of 7 rows, not 8"),
+        (of_identity(vocab_size=9), r"token_counts\.bin: not the counts of a vocabulary"),
+        (of_identity(vocab_size=70_001), r"token_counts\.bin: has counts of 70000 ids"),
+    ],
+)
+def test_a_manifest_that_was_made_up_is_refused(copy, change, message):
+    """With a checksum that fits."""
+    value = artifacts.read_json(copy / "store.json")
+    del value["checksum"]
+    change(value)
+    artifacts.write_json(copy / "store.json", value | {"checksum": artifacts.fingerprint(value)})
+    with pytest.raises(InputError, match=message):
         teachers.open_store(copy)
 
 

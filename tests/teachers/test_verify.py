@@ -81,8 +81,19 @@ def test_another_teacher_or_corpus_is_refused(stores, model, corpus):
         teachers.verify(stores["top"], corpus, llama(1))
     with pytest.raises(InputError, match="corpus corpus-a, not for corpus-b"):
         teachers.verify(stores["top"], dataclasses.replace(corpus, fingerprint="corpus-b"), model)
-    with pytest.raises(InputError, match="row 0 is not the corpus's row 0"):
-        teachers.verify(stores["top"], ListCorpus(corpus.rows[::-1]), model)
+
+
+@pytest.mark.parametrize("places", [(0, 1, 2, 3, 5, 4), (0, 1, 2, 3, 4)])
+def test_other_rows_under_the_same_fingerprint_are_refused_without_the_teacher(
+    stores, corpus, places
+):
+    assert teachers.verify(stores["top"], corpus)["rows"] == 6
+    other = ListCorpus([corpus.rows[place] for place in places])
+    expected = "has 6 rows, the corpus 5"
+    if len(places) == 6:
+        expected = f"row 4 is {corpus[4]['key']}, the corpus's is {corpus[5]['key']}"
+    with pytest.raises(InputError, match=f"top: {expected}"):
+        teachers.verify(stores["top"], other)
 
 
 def test_targets_the_teacher_never_said_are_refused(tmp_path, model, corpus):

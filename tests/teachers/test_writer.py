@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax import models, teachers
 from distill_jax.artifacts import InputError
-from distill_jax.teachers import forward
+from distill_jax.teachers import forward, writer
 from distill_jax.teachers.shards import StoreWriter
 
 from .known import VOCAB, ListCorpus, make_corpus, make_teacher
@@ -293,6 +294,31 @@ def test_a_failure_of_the_background_fails_the_call(tmp_path, monkeypatch, teach
     assert not list(tmp_path.rglob("store.json"))
 
 
+def test_the_teacher_reads_on_while_a_shard_is_written(
+    tmp_path, monkeypatch, written, teacher, corpus
+):
+    """The first is not committed before the teacher was asked about the second."""
+    asked, reads_on, waited = [], threading.Event(), []
+    ask, commit = writer.ask_teacher, StoreWriter.commit
+
+    def ask_and_tell(*arguments, **options):
+        asked.append(arguments)
+        if len(asked) == 2:
+            reads_on.set()
+        return ask(*arguments, **options)
+
+    def commit_late(self, shard, records):
+        if shard == 0:
+            waited.append(reads_on.wait(timeout=20))
+        commit(self, shard, records)
+
+    monkeypatch.setattr(writer, "ask_teacher", ask_and_tell)
+    monkeypatch.setattr(StoreWriter, "commit", commit_late)
+    write(tmp_path, teacher, corpus)
+    assert waited == [True] * len(SCHEMES)
+    assert contents(tmp_path) == contents(written)
+
+
 def test_logits_that_are_not_finite_are_refused(tmp_path, teacher, corpus):
     table = teacher.table.copy()
     table[corpus.rows[5][0][0]] = np.nan
@@ -308,7 +334,8 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, teacher, corpus):
         ({"reuse": {"typo": []}}, r"reuse: \['typo'\] are not schemes"),
         ({"corpus": ListCorpus([])}, "has no rows"),
         ({"corpus": make_corpus(2, vocab=VOCAB + 40)}, "vocabulary ends at 299"),
-        ({"corpus": make_corpus(2, time=6)}, r"row 0 has shape \(6,\), not \(12,\)"),
+        ({"corpus": make_corpus(2, time=6)}, r"row 0 has tokens of shape \(6,\), not \(12,\)"),
+        ({"corpus": ListCorpus([(np.ones(12, "i4"), np.ones(6, "i4"))])}, "segment_ids of shape"),
     ],
 )
 def test_wrong_inputs_are_refused(tmp_path, teacher, corpus, options, message):
