@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import pathlib
 import shutil
 
@@ -207,20 +208,26 @@ def test_a_store_that_keeps_something_else_than_the_recipe_says_is_refused(tmp_p
     def write(recipe, scheme):
         teacher, corpus = known.make_teacher(), known.make_corpus(2)
         for name in recipe.teachers:
-            teachers.write_stores(
+            figures = teachers.write_stores(
                 {scheme: tmp_path / "targets" / name / "samples"},
                 {scheme: recipe.targets.schemes[scheme]},
                 teacher.model,
                 corpus,
                 hidden_states=teacher.hidden_states,
             )
+            manifest = tmp_path / "targets" / name / "manifest.json"
+            manifest.write_text(json.dumps({"figures": figures}))
 
     recipe = load_recipe(TINY, ["size=test"])
     run = Run(recipe, epath.Path(tmp_path))
-    with pytest.raises(InputError, match=r"targets/large/samples: no such file"):
+    with pytest.raises(InputError, match="targets/large: this stage has not been run to its end"):
         students.open_stores(run, "distill")
     write(recipe, "samples")
     assert students.open_stores(run, "distill").keys() == {"large", "small"}
+    manifest = tmp_path / "targets" / "large" / "manifest.json"
+    manifest.write_text(json.dumps({"figures": {"samples": {"teacher": "another"}}}))
+    with pytest.raises(InputError, match=r"large/samples is of the teacher \w+, .*json of another"):
+        students.open_stores(run, "distill")
     shutil.rmtree(tmp_path / "targets")
     write(recipe, "top_k")
     expected = (

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from distill_jax import data, losses, models, pruning, teachers, training
+from distill_jax import data, losses, models, pipeline, pruning, teachers, training
 from distill_jax.artifacts import InputError
 from distill_jax.pipeline import Stage
 from distill_jax.pruning import PruneConfig
@@ -172,11 +172,20 @@ def open_stores(run: Run, field: str) -> dict[str, teachers.Store]:
     """The stores that a training, a key of `Recipe.trainings`, reads, by teacher.
 
     Raises:
-      InputError: one is not finished or is damaged, or keeps something else than the recipe says.
+      InputError: one is not finished or is damaged, keeps something else than the recipe says, or
+        is of another teacher than the stage that wrote it says.
     """
     stores = {}
     for name, scheme in _stores(run.recipe, field).items():
-        store = teachers.open_store(run.directory / context.targets(name) / scheme)
+        place = run.directory / context.targets(name)
+        figures = pipeline.read_manifest(place)["figures"].get(scheme, {})
+        store = teachers.open_store(place / scheme)
+        written = figures.get("teacher", store.identity.teacher)  # early runs do not say
+        if written != store.identity.teacher:
+            raise InputError(
+                f"teacher {name}: {store.directory} is of the teacher {store.identity.teacher}, "
+                f"{place / pipeline.MANIFEST} of {written}"
+            )
         wanted = run.recipe.targets.schemes[scheme]
         if store.scheme != wanted:
             raise InputError(

@@ -361,6 +361,7 @@ def _figures(writer: StoreWriter, reuse: Reuse) -> dict[str, Any]:
     manifest = writer.finish()
     size = sum(artifacts.size(writer.directory / name) for name in manifest.files)
     return {
+        "teacher": manifest.identity.teacher,
         "rows": manifest.identity.rows,
         "reused": reuse.count(read_keys(writer.directory)),
         "tokens": manifest.tokens,

@@ -133,7 +133,7 @@ def test_texts_of_a_sweep_have_names_of_their_own(question):
         planning.Choice(batch=2, mesh=MeshConfig(data=2)),
     ]
     names = list(map(name, choices))
-    assert names[0] == "distill-v5e-4x4-data1-fsdp8-fsdp_minor1-tensor1-batch1-none.hlo"
+    assert names[0] == "distill-v5e-4x4-data1-fsdp8-fsdp_minor1-sequence1-tensor1-batch1-none.hlo"
     assert len(set(names)) == len(choices)
 
 
