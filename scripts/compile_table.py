@@ -21,6 +21,9 @@ from distill_jax.planning.compiling import worst
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 IDS_64 = ("targets.schemes.samples.tau=0.0158",)  # at most 64 ids a token and teacher
+LONG = (*IDS_64, "corpus.sequence_length=32768")
+SHARED = (*LONG, "mesh.fsdp=64", "mesh.sequence=4")
+LONGEST = (*IDS_64, "corpus.sequence_length=131072", "mesh.fsdp=16", "mesh.sequence=16")
 ROWS = (
     # name, recipe, overrides, stage, slice, rows a device, what is recomputed
     ("1B, one row", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 1, "full"),
@@ -30,6 +33,9 @@ ROWS = (
     ("1B on v5p", "llama3_2_1b", IDS_64, "distill", "v5p:4x4x8", 4, "dots"),
     ("1B on v6e", "llama3_2_1b", IDS_64, "distill", "v6e:16x16", 4, "dots"),
     ("3B, one row", "llama3_2_3b", IDS_64, "distill", "v5e:16x16", 1, "full"),
+    ("1B, long rows", "llama3_2_1b", LONG, "distill", "v5e:16x16", 1, "full"),
+    ("1B, long rows of four chips", "llama3_2_1b", SHARED, "distill", "v5e:16x16", 1, "full"),
+    ("1B, longest rows, of 16 chips", "llama3_2_1b", LONGEST, "distill", "v5e:16x16", 1, "full"),
     ("1B, live 8B", "llama3_2_1b", ("live=8b",), "distill", "v5e:16x16", 1, "full"),
     ("1B, live 8B and 70B", "llama3_2_1b", ("live=both",), "distill", "v5e:16x16", 1, "full"),
     ("70B's targets", "llama3_2_1b", (), "targets", "v5e:16x16", 1, None),
