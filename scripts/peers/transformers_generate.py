@@ -23,9 +23,11 @@ def main() -> None:
     # Libraries print too: answers go to the real standard output, everything else to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    model = transformers.LlamaForCausalLM.from_pretrained(sys.argv[1]).eval()
-    assert model.dtype == torch.float32
+    model = None
     for line in sys.stdin:
+        if model is None:  # the folder is written while the libraries load
+            model = transformers.LlamaForCausalLM.from_pretrained(sys.argv[1]).eval()
+            assert model.dtype == torch.float32
         request = json.loads(line)
         answer = _score if "texts" in request else _multiply if "rows" in request else _run
         print(json.dumps(answer(model, **request)), file=answers)
