@@ -23,6 +23,7 @@ ended, beside one batch after another.
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import json
@@ -140,7 +141,8 @@ def floor(model, peer: Peer) -> rich.table.Table:
     in_numpy = [np.asarray(one) for one in matrices]
     few = {width: np.asarray(one) for width, one in columns.items()}
     blas = _best(lambda: [one @ few[one.shape[1]] for one in in_numpy])
-    step, longer = (step_seconds(model, weights, slots, GREEDY) for slots in (128, 256))
+    steps = {slots: step_seconds(model, weights, slots, GREEDY) for slots in (128, 256, 512, 1024)}
+    step, attention = steps[128], steps[256] - steps[128]
     drawn = step_seconds(model, weights, 128, models.Sampling())
     table = rich.table.Table(title=f"ms a step of {ROWS} rows")
     table.add_column("")
@@ -151,13 +153,19 @@ def floor(model, peer: Peer) -> rich.table.Table:
         ("their products in XLA, as they are in a step", xla),
         ("in PyTorch", peer.run(rows=ROWS)["seconds"]),
         ("in NumPy", blas),
-        ("a step beside 128 slots of the cache", step),
-        ("attention over them", longer - step),
-        ("the rest beside products and attention", step - xla - (longer - step)),
+        ("reading 128 slots of the cache", read_seconds(128 * cache_numbers(model.config))),
+        ("attention over them", attention),
+        ("the rest of a step beside products and attention", step - xla - attention),
         ("drawing instead of taking the largest", drawn - step),
+        *((f"a step beside {slots} slots", seconds) for slots, seconds in steps.items()),
     ):
         table.add_row(name, f"{seconds * 1e3:.1f}")
     return table
+
+
+def cache_numbers(config: models.LlamaConfig) -> int:
+    """Numbers in one slot of all rows, which every step reads."""
+    return 2 * ROWS * config.layers * config.kv_heads * config.head_dim
 
 
 def step_seconds(model, weights, slots: int, sampling: models.Sampling) -> float:
@@ -183,7 +191,8 @@ def headline(model, peer: Peer, prompts, rounds: int) -> dict[str, float]:
     """Both programs in turns."""
     # Both warm up at the same time, and are measured one after the other.
     peer.ask(prompts=prompts, new_tokens=4)
-    ours(model, prompts, NEW)
+    with contextlib.suppress(StopIteration):
+        ours(model, prompts, NEW, on_tokens=_stop_when_warm)
     peer.answer()
     turns = []
     for _ in range(rounds):
@@ -210,6 +219,12 @@ def headline(model, peer: Peer, prompts, rounds: int) -> dict[str, float]:
     }
 
 
+def _stop_when_warm(text: int, tokens: list[int]) -> None:
+    """Ends a run once each program has run: the first token comes alone, from the prompt."""
+    if len(tokens) > 1:
+        raise StopIteration
+
+
 def by_length(model, peer: Peer, prompts) -> rich.table.Table:
     """Milliseconds a step, of all rows together, as the text grows."""
     new = 1024 - PROMPT
@@ -227,8 +242,7 @@ def by_length(model, peer: Peer, prompts) -> rich.table.Table:
     table = rich.table.Table(title=f"ms a step of {ROWS} rows, by length of the text")
     for name in ("tokens", "ours", "transformers", "ratio", "reading the cache"):
         table.add_column(name, justify="right")
-    config = model.config
-    slot = read_seconds(2 * ROWS * config.layers * config.kv_heads * config.head_dim)
+    slot = read_seconds(cache_numbers(model.config))
     edges = (PROMPT, 128, 256, 384, 512, 640, 768, 896, 1024)
     for low, high in itertools.pairwise(edges):
         inside = [i for i in range(1, len(times)) if low < lengths[i] <= high]

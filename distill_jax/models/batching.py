@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from distill_jax.models import decoding
 from distill_jax.models.llama import Model, Params
 
+_ROOM_AT_FIRST = 4 * decoding.STEPS
 _READ_TOKENS = 1024  # so many that a product costs more than moving its weights
 
 
@@ -188,8 +189,9 @@ class Batch:
 
     def _make_room(self, before: int, after: int) -> None:
         """Sees to it that so many slots lie before the next one, and so many from there on."""
-        size = max(_bucket(before + after, 64, 2), 128)
         if self._state is None:
+            # With room for whole texts unless they are long, so that one program writes them all.
+            size = max(_bucket(before + min(self._limit, _ROOM_AT_FIRST), 32, 4), 128)
             self._state = decoding.empty(self._setup, self._params, len(self._rows), size)
             self._slots, self._slot = size, before
         if before <= self._slot <= self._slots - after:
