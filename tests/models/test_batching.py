@@ -8,7 +8,7 @@ from test_generation import CONFIG, GREEDY, assert_close, assert_frequencies
 
 from distill_jax import losses, models
 from distill_jax.artifacts import InputError
-from distill_jax.models import Sampling, decoding
+from distill_jax.models import Sampling, batching, decoding
 
 TEACHER_CONFIG = models.LlamaConfig(
     vocab_size=23, embed=12, mlp=20, layers=3, heads=2, kv_heads=1, head_dim=8, tied=True,
@@ -103,7 +103,7 @@ def test_the_cache_grows_with_the_texts_and_stays_exact(model, score, monkeypatc
         expected = of_drawn(score(model, prompt, text.tokens), text.tokens)
         np.testing.assert_allclose(text.log_probs, expected, atol=1e-5)
     slots = [sizes[0] for *_, sizes in calls]
-    assert slots[0] == 128
+    assert slots[0] == 160  # 32 for the first prompts and 100 for what comes after them, rounded
     assert slots == sorted(slots)
     assert slots[-1] < 512
 
@@ -120,6 +120,20 @@ def test_samples_of_a_prompt_share_one_reading(model, monkeypatch):
         for seed, prompt in enumerate(repeated)
     ]
     assert_close(together, alone)
+
+
+def test_short_prompts_are_read_many_at_once_and_long_ones_few(model, monkeypatch):
+    prompts = uneven_prompts(21, longest=60)
+    kwargs = {"max_new_tokens": 3, "sampling": Sampling(), "seeds": range(21), "batch_rows": 16}
+    calls = counted(monkeypatch, "read")
+    together = models.generate(model, prompts, **kwargs)
+    assert [call[0][2].shape[0] for call in calls] == [16, 8]
+    calls.clear()
+    monkeypatch.setattr(batching, "_READ_TOKENS", 100)
+    assert_close(models.generate(model, prompts, **kwargs), together)
+    # 4 x 16 slots, 2 x 32 and 2 x 48, an eighth of the rows although 2 x 64 is more, and the rest.
+    assert [call[0][2].shape[0] for call in calls] == [4, 2, 2, 2, 2, 2, 2, 2, 2, 1]
+    assert sum(int(np.sum(np.asarray(call[0][3]) > 0)) for call in calls) == 21
 
 
 def test_tokens_are_handed_out_as_they_come(model):
