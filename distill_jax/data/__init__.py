@@ -9,7 +9,7 @@ from distill_jax.data.corpus import (
     passages,
 )
 from distill_jax.data.packing import next_token_labels, pack, row_key
-from distill_jax.data.pipeline import RowSource, batches, endless, to_example
+from distill_jax.data.pipeline import RowSource, batches, to_example
 from distill_jax.data.records import BadRows, Record, Rejects, read_records
 from distill_jax.data.texts import read_texts
 from distill_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -26,7 +26,6 @@ __all__ = [
     "Tokenizer",
     "batches",
     "build_corpus",
-    "endless",
     "load_tokenizer",
     "next_token_labels",
     "open_corpus",

@@ -78,11 +78,6 @@ def batches(
     )
 
 
-def endless(source: RowSource, *, seed: int) -> grain.MapDataset:
-    """The records by a number from 0 on, over and over, each time in another order."""
-    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-
-
 def to_example(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record as a batch has it: with "labels" and "where", without strings."""
     example = _without_strings(record)

@@ -102,13 +102,8 @@ class Rollouts(Iterator[dict[str, Any]]):
         self._teacher = Model(teacher.config, jax.device_put(teacher.params, places))
         self._stops = stop_ids(tokenizer, config.template)
         self._directory = None if directory is None else epath.Path(directory)
-        sources: dict[str, Any] = {"prompts": prompts, "given": conversations}
-        sources |= {CONVERSATIONS: conversations, TEXT: text}
-        self._sources = {
-            name: data.endless(source, seed=seed_of(train.seed, name))
-            for name, source in sources.items()
-            if source
-        }
+        self._sources: dict[str, Any] = {"prompts": prompts, "given": conversations}
+        self._sources |= {CONVERSATIONS: conversations, TEXT: text}
         self._step = 0
         self._round: _Round | None = None
 
@@ -208,8 +203,7 @@ class Rollouts(Iterator[dict[str, Any]]):
         return _Round(number, samples, rows, figures)
 
     def _prompts(self, number: int) -> list[Sequence[int]]:
-        first = number * self._size
-        return [self._sources["prompts"][first + row] for row in range(self._size)]
+        return self._take("prompts", number * self._size, self._size)
 
     def _answered(self, number: int, answers: Sequence[Sequence[int]]) -> list[Record]:
         """A round's prompts with their answers, of which every token is learnt."""
@@ -220,8 +214,14 @@ class Rollouts(Iterator[dict[str, Any]]):
 
     def _records(self, name: str, first: int, count: int) -> list[Record]:
         """Rows of conversations or of text, from a number on."""
-        found = [self._sources[name][first + row] for row in range(count)]
+        found = self._take(name, first, count)
         return [data.to_example(one) if name == TEXT else self._record(one) for one in found]
+
+    def _take(self, name: str, first: int, count: int) -> list[Any]:
+        """What stands from a number on in a source that is gone through over and over."""
+        source, seed = self._sources[name], seed_of(self._train.seed, name)
+        places = (divmod(number, len(source)) for number in range(first, first + count))
+        return [source[int(_order(seed, lap, len(source))[place])] for lap, place in places]
 
     def _record(self, example: Example) -> Record:
         length = self._config.sequence_length
@@ -285,6 +285,12 @@ def _check(
                 f"OnPolicyConfig.sequence_length is {config.sequence_length}; the longest {what} "
                 f"{tokens} tokens"
             )
+
+
+@functools.lru_cache(maxsize=8)
+def _order(seed: int, lap: int, size: int) -> np.ndarray:
+    """In which order a source of that size is gone through."""
+    return np.random.default_rng((seed, lap)).permutation(size)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
