@@ -1,8 +1,8 @@
 """Two small teachers trained from scratch, and every stage after them, in a few minutes.
 
 `--set size=test` is a cut of it that the tests run; `--set divergence=reverse_kl`, or any other
-divergence of `distill_jax.losses`, is what the student minimises; `--set on_policy=gkd`, or minillm,
-lets the large teacher correct what the fine-tuned student writes.
+divergence of `distill_jax.losses`, is what the student minimises. With `--set on_policy=gkd`, or
+minillm, the large teacher corrects what the fine-tuned student writes.
 """
 
 from typing import Literal

@@ -33,7 +33,9 @@ def files(tmp_path):
     """Conversations, and questions one of which is broken."""
     chats, asked = tmp_path / "chats.jsonl", tmp_path / "asked.jsonl"
     chats.write_text("\n".join(conversation(f"{a} + 2?", str(a + 2)) for a in range(5)))
-    asked.write_text("\n".join([json.dumps({"prompt": f"{a} + 3?"}) for a in range(3)] + ["{"]))
+    asked.write_text(
+        "\n".join([conversation(f"{a} + 3?", "I do not know") for a in range(3)] + ["{"])
+    )
     return chats, asked
 
 
