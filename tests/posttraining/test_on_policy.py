@@ -405,7 +405,7 @@ def test_the_student_comes_nearer_to_the_teacher_on_what_it_writes(method, whole
     lines = read_metrics(place / "metrics.jsonl")
     assert len(lines) == 16
     kl = [line[name] for line in lines]
-    assert np.mean(kl[-3:]) < 0.7 * np.mean(kl[:3])
+    assert np.mean(kl[-3:]) < 0.85 * np.mean(kl[:3])
 
 
 def test_a_round_that_has_ended_leaves_nothing_in_a_checkpoint():
