@@ -274,11 +274,13 @@ def test_ones_own_conversations_and_preferences_are_learnt_by_the_command_line(
 
 
 def test_a_teacher_corrects_what_the_student_writes(whole, tmp_path, capsys):
-    """By the command line, with eight devices; the stages that follow know of it."""
+    """By the command line; the stages that follow know of it."""
     run = shutil.copytree(whole, tmp_path / "run")
     command = [str(CONFIG), "--set", "size=test", "--set", "on_policy=minillm", "--out", str(run)]
-    assert cli.main(["on-policy", *command, "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)["stages"]["on-policy"]
+    program = [sys.executable, "-m", "distill_jax.cli", "on-policy", *command, "--json"]
+    ended = subprocess.run(program, env=ONE_DEVICE, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    figures = json.loads(ended.stdout)["stages"]["on-policy"]
     assert figures["student_sampled"] == 1
     assert 1 <= figures["answer_length"] <= 12
     assert figures["text"] > 0

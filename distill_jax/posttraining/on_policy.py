@@ -40,8 +40,8 @@ class OnPolicyConfig(PromptConfig):
       rollout_rows: answers that are drawn with the same parameters, a round of training; a multiple
         of a batch's rows, None for those of one batch (MiniLLM's own: 256).
       epochs: how often each of them is learnt before the next round (MiniLLM's own: 4).
-      rows_at_once: most answers that are written at the same time, which bounds the memory of the
-        cache.
+      rows_at_once: most answers that are written, or read for MiniLLM's rewards, at the same time,
+        which bounds the memory of the cache.
       conversations_weight: weight of the mean cross-entropy on as many conversations of fine-tuning
         as a batch has rows.
       text_weight: weight of the mean cross-entropy on as many rows of the corpus's text, MiniLLM's
