@@ -1,7 +1,8 @@
 """Two small teachers trained from scratch, and every stage after them, in a few minutes.
 
 `--set size=test` is a cut of it that the tests run; `--set divergence=reverse_kl`, or any other
-divergence of `distill_jax.losses`, is what the student minimises.
+divergence of `distill_jax.losses`, is what the student minimises. With `--set on_policy=gkd`, or
+minillm, the large teacher corrects what the fine-tuned student writes.
 """
 
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from distill_jax.data import CorpusConfig
 from distill_jax.evaluation import EvaluationConfig, SpeedConfig
 from distill_jax.models import LlamaConfig
-from distill_jax.posttraining import DpoConfig, RejectionConfig, SftConfig
+from distill_jax.posttraining import DpoConfig, OnPolicyConfig, RejectionConfig, SftConfig
 from distill_jax.pruning import PruneConfig
 from distill_jax.recipe import (
     DistillConfig,
@@ -25,7 +26,9 @@ from distill_jax.training import OptimizerConfig, TrainConfig
 
 
 def get_config(
-    size: Literal["default", "test"] = "default", divergence: str = "forward_kl"
+    size: Literal["default", "test"] = "default",
+    divergence: str = "forward_kl",
+    on_policy: Literal["none", "gkd", "minillm"] = "none",
 ) -> Recipe:
     test = size == "test"
     vocab_size = 512 if test else 4096
@@ -78,6 +81,14 @@ def get_config(
             sft=SftConfig(sequence_length=128),
             sft_train=_train(80),
             replay=0.25,
+            on_policy=OnPolicyConfig(
+                teacher="large",
+                method="minillm" if on_policy == "minillm" else "gkd",
+                sequence_length=128,
+                max_new_tokens=12,
+                text_weight=1.0 if on_policy == "minillm" else 0.0,
+            ),
+            on_policy_train=None if on_policy == "none" else _train(steps // 2, 1e-3),
             rejection=RejectionConfig(samples=6, max_new_tokens=12),
             rejection_train=_train(steps // 2),
             dpo=DpoConfig(sequence_length=128),

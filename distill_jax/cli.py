@@ -33,8 +33,8 @@ from distill_jax.stages import context, preflight, shapes
 
 _DESCRIPTION = """\
 Turns a large Llama into a small one:
-corpus -> teachers -> targets -> prune -> distill -> sft -> rejection-sample -> dpo -> evaluate
--> export -> report."""
+corpus -> teachers -> targets -> prune -> distill -> sft -> on-policy -> rejection-sample -> dpo
+-> evaluate -> export -> report."""
 
 _EXAMPLES = """\
 examples:
@@ -64,6 +64,7 @@ _STAGE_HELP = {
     "prune": "importance -> plan -> surgery -> repair",
     "distill": "train the students, and the controls, on what the teachers say",
     "sft": "fine-tune on demonstrations, or conversations of your own",
+    "on-policy": "let a teacher correct what the student writes, where the recipe says so",
     "reward-model": "train a judge of answers on preference pairs, where the recipe says so",
     "rejection-sample": "sample answers, let a reward pick, fine-tune on the best",
     "dpo": "prefer right answers to wrong ones",

@@ -273,6 +273,21 @@ def test_ones_own_conversations_and_preferences_are_learnt_by_the_command_line(
     assert "the recipe has no stage 'reward-model'" in capsys.readouterr().err
 
 
+def test_a_teacher_corrects_what_the_student_writes(whole, tmp_path, capsys):
+    """By the command line; the stages that follow know of it."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    command = [str(CONFIG), "--set", "size=test", "--set", "on_policy=minillm", "--out", str(run)]
+    program = [sys.executable, "-m", "distill_jax.cli", "on-policy", *command, "--json"]
+    ended = subprocess.run(program, env=ONE_DEVICE, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    figures = json.loads(ended.stdout)["stages"]["on-policy"]
+    assert figures["student_sampled"] == 1
+    assert 1 <= figures["answer_length"] <= 12
+    assert figures["text"] > 0
+    assert cli.main(["rejection-sample", *command]) == 2
+    assert "on-policy" in capsys.readouterr().err
+
+
 def test_the_report_lists_the_stages_of_its_own_recipe(whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
     shutil.copytree(run / "distill" / "seed-0", run / "distill" / "seed-77")

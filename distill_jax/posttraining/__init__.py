@@ -1,4 +1,4 @@
-"""Post-training: chat templates, SFT, reward models, rejection sampling, DPO."""
+"""Post-training: chat templates, SFT, on-policy distillation, reward models, samples, DPO."""
 
 from distill_jax.posttraining.answers import Answer, accuracy, answer
 from distill_jax.posttraining.chat import (
@@ -22,6 +22,12 @@ from distill_jax.posttraining.conversations import (
 )
 from distill_jax.posttraining.dpo import DpoConfig, dpo_loss, with_reference
 from distill_jax.posttraining.log_probs import label_log_probs, sequence_log_probs
+from distill_jax.posttraining.on_policy import (
+    TEACHER,
+    OnPolicyConfig,
+    on_policy_loss,
+    on_policy_objective,
+)
 from distill_jax.posttraining.pairs import (
     Pair,
     PairConfig,
@@ -35,7 +41,7 @@ from distill_jax.posttraining.preferences import (
     read_preferences,
     to_preference,
 )
-from distill_jax.posttraining.prompts import read_problems
+from distill_jax.posttraining.prompts import PromptConfig, read_problems
 from distill_jax.posttraining.rejection import (
     REWARD_MODEL,
     Choice,
@@ -62,8 +68,15 @@ from distill_jax.posttraining.rewards import (
     load_function,
     log_likelihood,
 )
+from distill_jax.posttraining.rollouts import Rollouts
 from distill_jax.posttraining.rows import Record, pack, with_replay
-from distill_jax.posttraining.sft import SftConfig, read_examples, sft_loss, sft_rows
+from distill_jax.posttraining.sft import (
+    SftConfig,
+    read_examples,
+    sft_loss,
+    sft_rows,
+    to_examples,
+)
 from distill_jax.posttraining.tasks import (
     TASK,
     TASKS,
@@ -81,6 +94,7 @@ __all__ = [
     "REWARD_MODEL",
     "TASK",
     "TASKS",
+    "TEACHER",
     "VERIFIERS",
     "Answer",
     "Choice",
@@ -88,15 +102,18 @@ __all__ = [
     "Example",
     "Judge",
     "Message",
+    "OnPolicyConfig",
     "Pair",
     "PairConfig",
     "PostTrainingConfig",
     "Preference",
     "Problem",
+    "PromptConfig",
     "Record",
     "RejectionConfig",
     "Reward",
     "RewardModelConfig",
+    "Rollouts",
     "SftConfig",
     "Task",
     "accuracy",
@@ -117,6 +134,8 @@ __all__ = [
     "load_function",
     "load_task",
     "log_likelihood",
+    "on_policy_loss",
+    "on_policy_objective",
     "pack",
     "pair_rows",
     "preference_accuracy",
@@ -136,6 +155,7 @@ __all__ = [
     "sft_loss",
     "sft_rows",
     "to_conversation",
+    "to_examples",
     "to_messages",
     "to_preference",
     "to_problem",

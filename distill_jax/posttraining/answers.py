@@ -33,6 +33,16 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+def stop_ids(tokenizer: Tokenizer, template: str | None = None) -> tuple[int, ...]:
+    """The tokens that end an answer, rising: the end of the turn, and that of the text.
+
+    Raises:
+      InputError: the template ends a turn in ordinary text.
+    """
+    ends = {end_of_turn(tokenizer, template), tokenizer.eos_id}
+    return tuple(sorted(end for end in ends if end is not None))
+
+
 def answer(
     model: Model,
     tokenizer: Tokenizer,
@@ -57,21 +67,19 @@ def answer(
     Raises:
       InputError: the template ends a turn in ordinary text.
     """
-    stop_ids = {end_of_turn(tokenizer, template)}
-    if tokenizer.eos_id is not None:
-        stop_ids.add(tokenizer.eos_id)
+    ends = stop_ids(tokenizer, template)
     completions = generate(
         model,
         [encode_prompt(tokenizer, to_messages(problem), template) for problem in problems],
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         seeds=list(seeds),
-        stop_ids=tuple(sorted(stop_ids)),
+        stop_ids=ends,
     )
     answers = []
     for completion in completions:
         tokens = list(completion.tokens)
-        if tokens and tokens[-1] in stop_ids:
+        if tokens and tokens[-1] in ends:
             tokens.pop()
         log_prob = float(sum(completion.log_probs))
         answers.append(Answer(tokenizer.decode(tokens), tokens, log_prob, completion.finished))

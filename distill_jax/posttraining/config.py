@@ -4,6 +4,7 @@ import dataclasses
 
 from distill_jax.artifacts import InputError
 from distill_jax.posttraining.dpo import DpoConfig
+from distill_jax.posttraining.on_policy import OnPolicyConfig
 from distill_jax.posttraining.rejection import REWARD_MODEL, RejectionConfig
 from distill_jax.posttraining.reward_model import RewardModelConfig
 from distill_jax.posttraining.sft import SftConfig
@@ -13,7 +14,7 @@ from distill_jax.training import TrainConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PostTrainingConfig:
-    """From the distilled model to one that answers: SFT, rejection sampling, DPO.
+    """From the distilled model to one that answers: SFT, what follows it, rejection sampling, DPO.
 
     Attributes:
       task: the verifiable task, a key of `posttraining.TASKS`, whose held-out problems every model
@@ -25,9 +26,11 @@ class PostTrainingConfig:
         any, a small model forgets the text while it learns to answer (Ibrahim et al., 2024). Every
         token of the text is learnt, and only answers of the others: of the loss it is far more.
         Rows of both must be of one length.
+      on_policy: how the model that SFT left writes, and what a teacher corrects.
+      on_policy_train: how it goes; None leaves on-policy distillation out.
       reward_model: what a reward model learns from.
-      reward_train: how it goes; None leaves it out. It starts from the model that SFT left, and is
-        the reward of rejection sampling if `rejection.reward` is "reward_model".
+      reward_train: how it goes; None leaves it out. It starts from the model so far, and is the
+        reward of rejection sampling if `rejection.reward` is "reward_model".
       rejection: how answers are drawn and chosen.
       rejection_train: fine-tuning on the chosen answers; None leaves rejection sampling out.
       dpo: pairs and loss of preference optimisation.
@@ -39,6 +42,8 @@ class PostTrainingConfig:
     sft: SftConfig = SftConfig()
     sft_train: TrainConfig
     replay: float = 0.0
+    on_policy: OnPolicyConfig = OnPolicyConfig()
+    on_policy_train: TrainConfig | None = None
     reward_model: RewardModelConfig = RewardModelConfig()
     reward_train: TrainConfig | None = None
     rejection: RejectionConfig = RejectionConfig()
@@ -51,6 +56,7 @@ class PostTrainingConfig:
             raise InputError(f"posttraining.task: {self.task!r} is none of {', '.join(TASKS)}")
         for field, data in (
             ("sft.data", self.sft.data),
+            ("on_policy.prompts", self.on_policy.prompts),
             ("rejection.prompts", self.rejection.prompts),
             ("reward_model.pairs", self.reward_model.pairs),
             ("dpo.pairs", self.dpo.pairs),
@@ -74,6 +80,27 @@ class PostTrainingConfig:
             raise InputError("posttraining: sft.template and rejection.template differ")
         if not 0 <= self.replay < 1:
             raise InputError(f"posttraining.replay is {self.replay}; it must be in [0, 1)")
+        if self.on_policy_train is not None:
+            self._check_on_policy(self.on_policy_train)
+
+    def _check_on_policy(self, train: TrainConfig) -> None:
+        config = self.on_policy
+        if config.teacher is None:
+            raise InputError("posttraining.on_policy.teacher: name a teacher of the recipe")
+        if self.task is None and config.asks_task:
+            raise InputError("posttraining.on_policy.prompts: need those of posttraining.task")
+        if config.template != self.sft.template:
+            raise InputError("posttraining: sft.template and on_policy.template differ")
+        if config.rollout_rows is not None and config.rollout_rows % train.batch_rows:
+            raise InputError(
+                f"posttraining.on_policy.rollout_rows: {config.rollout_rows} is no multiple of "
+                f"on_policy_train.batch_rows {train.batch_rows}"
+            )
+        if config.uses_conversations and config.sequence_length < self.sft.sequence_length:
+            raise InputError(
+                f"posttraining.on_policy.sequence_length: {config.sequence_length} is less than "
+                f"sft.sequence_length {self.sft.sequence_length}, whose conversations are learnt"
+            )
 
     @property
     def longest_answer(self) -> int:

@@ -42,7 +42,7 @@ def label_log_probs(
     return jax.lax.map(of_chunk, chunks).reshape(-1)[:tokens]
 
 
-def sequence_log_probs(
+def row_log_probs(
     config: LlamaConfig,
     params: Any,
     row: Mapping[str, Array],
@@ -51,7 +51,7 @@ def sequence_log_probs(
     remat: Remat = "none",
     reading: Reading = Reading(),
 ) -> Array:
-    """Sum of log p(label) over the tokens of each row where `row["where"]`, [B] float32.
+    """log p(label) of the tokens of each row where `row["where"]`, and 0, [B, T] float32.
 
     Args:
       config: the model's shape.
@@ -70,4 +70,11 @@ def sequence_log_probs(
             hidden_ND, reading.unembedding(params), row["labels"].reshape(-1), chunk=chunk
         )
     log_probs_BT = log_probs_N.reshape(row["labels"].shape)
-    return jnp.sum(jnp.where(row["where"], log_probs_BT, 0.0), axis=-1)
+    return jnp.where(row["where"], log_probs_BT, 0.0)
+
+
+def sequence_log_probs(
+    config: LlamaConfig, params: Any, row: Mapping[str, Array], **options: Any
+) -> Array:
+    """Sums of `row_log_probs`, with its arguments, over each row, [B] float32."""
+    return jnp.sum(row_log_probs(config, params, row, **options), axis=-1)

@@ -16,11 +16,11 @@ from etils import epath
 
 from distill_jax import artifacts, parallel, progress
 from distill_jax.artifacts import InputError, check_choices
-from distill_jax.data import BadRows, Tokenizer, read_records
-from distill_jax.models import Model, Sampling
+from distill_jax.data import Tokenizer, read_records
+from distill_jax.models import Model
 from distill_jax.posttraining.answers import answer, seed_of
 from distill_jax.posttraining.chat import Example, chat_template, encode_prompt, end_of_turn
-from distill_jax.posttraining.conversations import Form, sources
+from distill_jax.posttraining.prompts import PromptConfig
 from distill_jax.posttraining.rewards import VERIFIERS, Judge, by_program, judge
 from distill_jax.posttraining.tasks import TASK, Problem, Task, to_messages
 
@@ -32,50 +32,31 @@ _SETTINGS, _SAMPLES = "sampling.json", "samples.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RejectionConfig:
-    """What is asked, how answers are drawn, and when one is good enough.
+class RejectionConfig(PromptConfig):
+    """What is asked and how answers are drawn, see `PromptConfig`, and when one is good enough.
 
     Attributes:
-      prompts: where questions come from, one source or several: "task" is the recipe's task; others
-        are files as `SftConfig.data` has them, and where a conversation ends with an answer it is
-        the reference.
-      form: as `SftConfig.form`, of these files; so `split` and `bad_rows`.
-      split: see `form`.
-      bad_rows: see `form`.
       reward: what scores an answer: "task", the task's own program; "exact", "text", "number" and
         "regex" compare it with the reference (`posttraining.VERIFIERS`); "reward_model" is the
         recipe's; "teacher:NAME" is the mean log-probability of its tokens under a teacher of the
         recipe; "path/to/file.py:function" is any function (prompts, completions, references) ->
         scores, see `posttraining.Reward`.
       samples: answers drawn for each problem, K.
-      temperature: of sampling; at 0 all answers to a problem would be the same.
-      top_p: sample from the smallest set of tokens with this much probability; None: from all.
-      max_new_tokens: where an answer that does not end is cut off.
       threshold: the score from which an answer may be chosen; None: any may.
       keep: what is learnt of the answers to a question: the "best", or "all" that may be chosen,
         each text once.
       problems_per_batch: problems answered at a time, and committed to disk at a time.
-      template: a chat template in place of the tokenizer's own.
-      seed: of the sampling.
     """
 
-    prompts: str | tuple[str, ...] = TASK
-    form: Form = "auto"
-    split: str = "train"
-    bad_rows: BadRows = "refuse"
     reward: str = TASK
     samples: int = 10
-    temperature: float = 1.0
-    top_p: float | None = None
-    max_new_tokens: int = 32
     threshold: float | None = 1.0
     keep: Keep = "best"
     problems_per_batch: int = 8
-    template: str | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choices(self, {"form": Form, "bad_rows": BadRows, "keep": Keep})
+        super().__post_init__()
+        check_choices(self, {"keep": Keep})
         known = (TASK, REWARD_MODEL, *VERIFIERS)
         if self.reward not in known and ":" not in self.reward:
             raise InputError(
@@ -92,23 +73,14 @@ class RejectionConfig:
                 f"RejectionConfig.threshold is {self.threshold}, and no log-probability is above "
                 "0; None lets the best answer be chosen"
             )
-        for name in ("samples", "max_new_tokens", "problems_per_batch"):
+        for name in ("samples", "problems_per_batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"RejectionConfig.{name} is {getattr(self, name)}; at least 1")
-        if self.temperature <= 0:
-            raise InputError(f"RejectionConfig.temperature is {self.temperature}; above 0")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"RejectionConfig.top_p is {self.top_p}; in (0, 1]")
 
     @property
-    def asks_task(self) -> bool:
-        """Whether the task's problems are among the prompts."""
-        return TASK in sources(self.prompts)
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The files that prompts come from."""
-        return tuple(source for source in sources(self.prompts) if source != TASK)
+    def verifier(self) -> str | None:
+        """The reward, if it compares with references."""
+        return self.reward if self.reward in VERIFIERS else None
 
     @property
     def teacher(self) -> str | None:
@@ -158,7 +130,7 @@ def sample(
         model,
         tokenizer,
         repeated,
-        sampling=Sampling(temperature=config.temperature, top_p=config.top_p),
+        sampling=config.sampling,
         seeds=seeds,
         max_new_tokens=config.max_new_tokens,
         template=config.template,

@@ -83,21 +83,21 @@ def read_examples(tokenizer: Tokenizer, config: SftConfig, rejects: Rejects) -> 
             yield example
 
 
-def sft_rows(
+def to_examples(
     tokenizer: Tokenizer,
     conversations: Iterable[Sequence[Message] | Example],
-    config: SftConfig = SftConfig(),
-) -> list[Record]:
-    """Conversations as packed rows in which only the assistant's tokens are learnt.
+    template: str | None = None,
+) -> list[Example]:
+    """Conversations in tokens, of which only the assistant's are to be learnt.
 
     Args:
       tokenizer: the model's.
       conversations: messages, or examples that are tokens already (`read_examples`,
         `chosen_examples`).
-      config: row length and template.
+      template: a chat template in place of the tokenizer's own.
 
     Raises:
-      InputError: a conversation is malformed, or longer than a row; the message has its number.
+      InputError: a conversation is malformed; the message has its number.
     """
     examples = []
     for index, conversation in enumerate(conversations):
@@ -105,9 +105,28 @@ def sft_rows(
             examples.append(conversation)
             continue
         try:
-            examples.append(encode_chat(tokenizer, conversation, config.template))
+            examples.append(encode_chat(tokenizer, conversation, template))
         except InputError as error:
             raise InputError(f"conversation {index}: {error}") from error
+    return examples
+
+
+def sft_rows(
+    tokenizer: Tokenizer,
+    conversations: Iterable[Sequence[Message] | Example],
+    config: SftConfig = SftConfig(),
+) -> list[Record]:
+    """Packed rows of `to_examples`.
+
+    Args:
+      tokenizer: the model's.
+      conversations: as `to_examples` takes them.
+      config: row length and template.
+
+    Raises:
+      InputError: a conversation is malformed, or longer than a row; the message has its number.
+    """
+    examples = to_examples(tokenizer, conversations, config.template)
     return pack(examples, config.sequence_length, pad_id=tokenizer.pad_id)
 
 

@@ -12,6 +12,7 @@ COMMANDS = (
     context.PRUNE,
     "distill",
     context.SFT,
+    context.ON_POLICY,
     context.REWARD,
     context.REJECTION,
     context.DPO,

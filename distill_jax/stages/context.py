@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,8 @@ from distill_jax import data, models, parallel, posttraining, training
 from distill_jax.recipe import Recipe
 
 CORPUS, ROUNDS, PRUNE = "corpus", "rounds", "prune"
-SFT, REWARD, REJECTION, DPO = "sft", "reward-model", "rejection-sample", "dpo"
+SFT, ON_POLICY, REWARD = "sft", "on-policy", "reward-model"
+REJECTION, DPO = "rejection-sample", "dpo"
 EVALUATE, EXPORT, REPORT = "evaluate", "export", "report"
 """Names of the stages, and of their directories."""
 
@@ -94,14 +95,56 @@ class Run:
     ) -> dict[str, Any]:
         """Trains a model on rows, leaves it in `place`, and returns the run's figures.
 
-        A model that stands there whole was trained by an earlier call, killed while it cleaned up.
         `teachers` are the stages that left those that run beside it, by name. `split_time` is for
         losses of next tokens (see `training.train`); a loss of pairs needs whole rows.
         """
+
+        def trained() -> models.Model:
+            share = parallel.row_share(parallel.batch_sharding(self.mesh, split_time=split_time))
+            batches = data.batches(
+                rows,
+                batch_rows=config.batch_rows,
+                seed=config.seed,
+                process_index=share.index,
+                process_count=share.count,
+            )
+            beside = {n: self.load(of, config.compute_dtype) for n, of in (teachers or {}).items()}
+            options = {"teachers": beside, "split_time": split_time}
+            return self.loop(place, model, loss_fn, batches, config, **options)
+
+        return self.leave(place, trained)
+
+    def loop(
+        self,
+        place: epath.Path,
+        model: models.Model,
+        loss_fn: training.LossFn,
+        batches: Iterator[dict[str, Any]],
+        config: training.TrainConfig,
+        **options: Any,
+    ) -> models.Model:
+        """`training.train` in a stage's directory, with the options that it has besides."""
+        name = str(place.relative_to(self.directory))
+        return training.train(
+            model,
+            loss_fn,
+            batches,
+            config,
+            place,
+            name=name,
+            mesh=self.mesh,
+            profile=self.profile,
+            **options,
+        )
+
+    def leave(self, place: epath.Path, trained: Callable[[], models.Model]) -> dict[str, Any]:
+        """Leaves what `trained` returns in `place`, and returns the figures of its training.
+
+        A model that stands there whole was trained by an earlier call, killed while it cleaned up.
+        """
         name = str(place.relative_to(self.directory))
         if not parallel.on_main(lambda: models.is_saved(place), what=name):
-            trained = self._trained(name, model, loss_fn, rows, config, teachers or {}, split_time)
-            self.save(place, trained)
+            self.save(place, trained())
 
         def figures() -> dict[str, Any]:
             # What only served to go on after a kill need not stay on disk.
@@ -110,37 +153,6 @@ class Run:
             return _figures(training.read_metrics(place / "metrics.jsonl")) | {"goodput": spent}
 
         return parallel.on_main(figures, what=f"the end of {name}")
-
-    def _trained(
-        self,
-        name: str,
-        model: models.Model,
-        loss_fn: training.LossFn,
-        rows: data.RowSource,
-        config: training.TrainConfig,
-        teachers: Mapping[str, str],
-        split_time: bool,
-    ) -> models.Model:
-        share = parallel.row_share(parallel.batch_sharding(self.mesh, split_time=split_time))
-        batches = data.batches(
-            rows,
-            batch_rows=config.batch_rows,
-            seed=config.seed,
-            process_index=share.index,
-            process_count=share.count,
-        )
-        return training.train(
-            model,
-            loss_fn,
-            batches,
-            config,
-            self.directory / name,
-            teachers={key: self.load(of, config.compute_dtype) for key, of in teachers.items()},
-            name=name,
-            mesh=self.mesh,
-            split_time=split_time,
-            profile=self.profile,
-        )
 
 
 def teacher(name: str) -> str:
@@ -209,6 +221,7 @@ def posttraining_stages(recipe: Recipe) -> list[str]:
         return []
     trained = {
         SFT: config.sft_train,
+        ON_POLICY: config.on_policy_train,
         REWARD: config.reward_train,
         REJECTION: config.rejection_train,
         DPO: config.dpo_train,

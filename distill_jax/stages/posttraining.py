@@ -1,10 +1,10 @@
-"""sft, reward-model, rejection-sample and dpo: from a model of text to one that answers."""
+"""sft and what follows it: from a model of text to one that answers."""
 
 import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -15,7 +15,7 @@ from distill_jax.artifacts import InputError, fingerprint_path, write_bytes
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import PostTrainingConfig, to_json
 from distill_jax.stages import context
-from distill_jax.stages.context import CORPUS, DPO, REJECTION, REWARD, SFT, Run
+from distill_jax.stages.context import CORPUS, DPO, ON_POLICY, REJECTION, REWARD, SFT, Run
 
 
 def stages(run: Run) -> list[Stage]:
@@ -27,12 +27,14 @@ def stages(run: Run) -> list[Stage]:
     task = {name: described[name] for name in ("task", "problems")}
     parts: dict[str, tuple[str, ...]] = {
         SFT: ("sft", "sft_train", "replay"),
+        ON_POLICY: ("sft", "on_policy", "on_policy_train"),
         REWARD: ("reward_model", "reward_train"),
         REJECTION: ("sft", "replay", "rejection", "rejection_train"),
         DPO: ("rejection", "dpo", "dpo_train"),
     }
     files = {
         SFT: config.sft.files,
+        ON_POLICY: tuple(dict.fromkeys([*config.sft.files, *config.on_policy.files])),
         REWARD: config.reward_model.files,
         REJECTION: config.rejection.files,
         DPO: config.dpo.files,
@@ -40,11 +42,19 @@ def stages(run: Run) -> list[Stage]:
     if config.rejection.function is not None:
         files[REJECTION] += (config.rejection.function.rpartition(":")[0],)
     judges: dict[str, tuple[str, ...]] = {}
+    if config.on_policy.teacher is not None:
+        judges[ON_POLICY] = (context.teacher(config.on_policy.teacher),)
     if config.rejection.teacher is not None:
         judges[REJECTION] = (context.teacher(config.rejection.teacher),)
     if config.rejection.reward == posttraining.REWARD_MODEL:
         judges[REJECTION] = (REWARD,)
-    works = {SFT: _sft, REWARD: _reward_model, REJECTION: _rejection, DPO: _dpo}
+    works = {
+        SFT: _sft,
+        ON_POLICY: _on_policy,
+        REWARD: _reward_model,
+        REJECTION: _rejection,
+        DPO: _dpo,
+    }
     made, start = [], context.student(run.recipe.seeds[0])
     for name in context.posttraining_stages(run.recipe):
         made.append(
@@ -100,17 +110,21 @@ def _train(
     Raises:
       InputError: processes read other rows.
     """
-    digest = hashlib.sha256(b"".join(row["tokens"].tobytes() for row in rows)).hexdigest()
-    if len(set(parallel.gather(digest, what=f"the rows of {place.name}"))) > 1:
-        raise InputError(
-            f"{place.name}: hosts read different rows; give all of them the same files"
-        )
+    _check_alike(place, (row["tokens"].tobytes() for row in rows))
     repeats = -(-config.batch_rows // len(rows))
     rows = [*rows] * repeats
     figures = run.train(place, model, loss_fn, rows, config, split_time=split_time)
     if parallel.is_main():
         run.chat_tokenizer().save(place)
     return {"rows": len(rows) // repeats, **figures}
+
+
+def _check_alike(place: epath.Path, rows: Iterable[bytes]) -> None:
+    digest = hashlib.sha256(b"".join(rows)).hexdigest()
+    if len(set(parallel.gather(digest, what=f"the rows of {place.name}"))) > 1:
+        raise InputError(
+            f"{place.name}: hosts read different rows; give all of them the same files"
+        )
 
 
 def _used(place: epath.Path, rejects: data.Rejects, used: int) -> dict[str, int]:
@@ -129,16 +143,96 @@ def _used(place: epath.Path, rejects: data.Rejects, used: int) -> dict[str, int]
     return {"used": used, "skipped": len(skipped)}
 
 
+def _conversations(
+    run: Run, config: PostTrainingConfig, place: epath.Path | None
+) -> tuple[list[Any], dict[str, int]]:
+    """What fine-tuning learns, and figures of its files; without a place nobody is told of them."""
+    rejects = data.Rejects(config.sft.bad_rows)
+    found: list[Any] = list(posttraining.read_examples(run.tokenizer, config.sft, rejects))
+    figures = {}
+    if place is not None and config.sft.files:
+        figures = _used(place, rejects, len(found))
+    if config.sft.uses_task:
+        found += posttraining.demonstrations(_task(config).train)
+    return found, figures
+
+
+def _problems(
+    run: Run,
+    config: PostTrainingConfig,
+    asked: posttraining.PromptConfig,
+    longest: int,
+    place: epath.Path,
+) -> tuple[list[posttraining.Problem], dict[str, int]]:
+    """What a stage asks, and figures of the files; a question and its answer have `longest`."""
+    rejects = data.Rejects(asked.bad_rows)
+    found = list(posttraining.read_problems(run.tokenizer, asked, longest, rejects))
+    figures = _used(place, rejects, len(found)) if asked.files else {}
+    if asked.asks_task:
+        found += _task(config).train
+    return found, figures
+
+
 def _sft(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) -> dict[str, Any]:
     model = run.load(start)
-    rejects = data.Rejects(config.sft.bad_rows)
-    conversations: list[Any] = list(posttraining.read_examples(run.tokenizer, config.sft, rejects))
-    figures = _used(place, rejects, len(conversations)) if config.sft.files else {}
-    if config.sft.uses_task:
-        conversations += posttraining.demonstrations(_task(config).train)
+    conversations, figures = _conversations(run, config, place)
     rows = _fine_tuning_rows(run, config, conversations)
     loss_fn = sft_loss(config, model.config, run.mesh)
     return figures | _train(run, place, model, loss_fn, rows, config.sft_train)
+
+
+def _on_policy(
+    run: Run, config: PostTrainingConfig, start: str, place: epath.Path
+) -> dict[str, Any]:
+    model, asked, train = run.load(start), config.on_policy, _given(config.on_policy_train)
+    assert asked.teacher is not None  # PostTrainingConfig checks that
+    teacher = run.load(context.teacher(asked.teacher), train.compute_dtype)
+    problems, figures = _problems(run, config, asked, asked.sequence_length, place)
+    messages = map(posttraining.to_messages, problems)
+    prompts = [posttraining.encode_prompt(run.tokenizer, one, asked.template) for one in messages]
+    given: list[posttraining.Example] = []
+    if asked.uses_conversations:
+        conversations, _ = _conversations(run, config, None)
+        given = posttraining.to_examples(run.tokenizer, conversations, asked.template)
+    _check_alike(place, (repr(one).encode() for one in [*prompts, *given]))
+    rollouts = posttraining.Rollouts(
+        model.config,
+        teacher,
+        run.tokenizer,
+        asked,
+        train,
+        prompts,
+        conversations=given,
+        text=run.corpus("train") if asked.text_weight else None,
+        mesh=run.mesh,
+        directory=place,
+    )
+    loss_fn = posttraining.on_policy_loss(
+        model.config,
+        teacher.config,
+        asked,
+        remat=train.remat,
+        compute_dtype=train.compute_dtype,
+        mesh=run.mesh,
+    )
+    beside = {posttraining.TEACHER: teacher}
+
+    def trained() -> models.Model:
+        return run.loop(
+            place,
+            model,
+            loss_fn,
+            rollouts,
+            train,
+            teachers=beside,
+            before_batch=rollouts.draw,
+            split_time=True,
+        )
+
+    figures |= run.leave(place, trained)
+    if parallel.is_main():
+        run.chat_tokenizer().save(place)
+    return {"prompts": len(prompts), **figures}
 
 
 def _reward_model(
@@ -174,18 +268,10 @@ def _rejection(
     run: Run, config: PostTrainingConfig, start: str, place: epath.Path
 ) -> dict[str, Any]:
     model = run.load(start)
-    rejects = data.Rejects(config.rejection.bad_rows)
-    problems = list(
-        posttraining.read_problems(run.tokenizer, config.rejection, config.longest_answer, rejects)
-    )
-    figures: dict[str, Any] = {}
-    if config.rejection.files:
-        figures |= _used(place, rejects, len(problems))
+    problems, used = _problems(run, config, config.rejection, config.longest_answer, place)
     judge = _judge(run, config)
     task = _FILES if config.task is None else _task(config)
-    if config.rejection.asks_task:
-        problems += task.train
-    figures |= posttraining.write_samples(
+    figures: dict[str, Any] = used | posttraining.write_samples(
         place / "samples", model, run.tokenizer, task, problems, config.rejection, judge
     )
     records = posttraining.read_samples(place / "samples")

@@ -1,13 +1,13 @@
 """What can be known to be wrong before any work begins."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from distill_jax import data, models, parallel, posttraining, pruning, teachers
+from distill_jax import data, losses, models, parallel, posttraining, pruning, teachers
 from distill_jax.artifacts import InputError, resolve
 from distill_jax.recipe import PostTrainingConfig, Recipe
 from distill_jax.stages.context import stored_teachers
@@ -57,34 +57,61 @@ def check(recipe: Recipe) -> None:
     if not all(recipe.prompts):
         raise InputError("prompts: one is empty; there is nothing to continue")
     if recipe.posttraining is not None:
-        _check_posttraining(recipe.posttraining, recipe.teachers, tokenizer, small.context)
+        _check_posttraining(recipe.posttraining, shapes, tokenizer, small)
 
 
 def _check_posttraining(
     config: PostTrainingConfig,
-    teachers: Collection[str],
+    teachers: Mapping[str, models.LlamaConfig],
     tokenizer: data.Tokenizer | None,
-    context: int,
+    student: models.LlamaConfig,
 ) -> None:
     """What can be known of its task, lengths, template, reward and files."""
     if config.task is not None:
         posttraining.load_task(config.task)
     lengths = {
         "sft": config.sft.sequence_length,
+        "on_policy": config.on_policy.sequence_length if config.on_policy_train else 0,
         "reward_model": config.reward_model.sequence_length if config.reward_train else 0,
         "dpo": config.dpo.sequence_length if config.dpo_train else 0,
     }
     for field, length in lengths.items():
-        if length > context:
+        if length > student.context:
             raise InputError(
                 f"posttraining.{field}.sequence_length: {length} is more than the student's "
-                f"context of {context} tokens"
+                f"context of {student.context} tokens"
             )
     if tokenizer is not None:
         posttraining.end_of_turn(tokenizer, config.rejection.template)
+    if config.on_policy_train is not None:
+        _check_on_policy(config.on_policy, teachers, student.vocab_size)
     if config.rejection_train is not None:
         _check_reward(config.rejection, teachers)
     posttraining.check_files(config, tokenizer)
+
+
+def _check_on_policy(
+    config: posttraining.OnPolicyConfig,
+    teachers: Mapping[str, models.LlamaConfig],
+    vocab_size: int,
+) -> None:
+    """There must be its teacher, whose context is long enough; its loss is traced."""
+    assert config.teacher is not None  # PostTrainingConfig checks that
+    if config.teacher not in teachers:
+        raise InputError(
+            f"posttraining.on_policy.teacher: {config.teacher!r} is none of the teachers "
+            f"{', '.join(teachers)}"
+        )
+    context = teachers[config.teacher].context
+    if config.sequence_length > context:
+        raise InputError(
+            f"posttraining.on_policy.sequence_length: {config.sequence_length} is more than the "
+            f"context of {context} tokens that {config.teacher} has"
+        )
+    numbers = ("old_log_probs", "advantages", "weights")
+    targets = {name: jnp.zeros(1) for name in numbers} | {"labels": jnp.zeros(1, jnp.int32)}
+    targets[posttraining.TEACHER] = jnp.zeros((1, vocab_size))
+    _trace(posttraining.on_policy_objective(config), targets, vocab_size, "posttraining.on_policy")
 
 
 def _check_reward(config: posttraining.RejectionConfig, teachers: Collection[str]) -> None:
@@ -115,11 +142,18 @@ def _check_objective(recipe: Recipe, field: str, vocab_size: int) -> None:
     for name in distill.teachers(live=False):
         scheme = recipe.targets.schemes[recipe.store(name, field)]
         targets[name] = teachers.to_targets(scheme, stored, temperature=temperature)
+    _trace(distill.objective(temperature), targets, vocab_size, f"{field}.terms")
+
+
+def _trace(
+    objective: losses.Objective, targets: Mapping[str, Any], vocab_size: int, field: str
+) -> None:
+    """Runs through an objective without computing anything."""
     logits = jax.ShapeDtypeStruct((1, vocab_size), jnp.float32)
     try:
-        jax.eval_shape(lambda x: distill.objective(temperature)(x, targets), logits)
+        jax.eval_shape(lambda x: objective(x, targets), logits)
     except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{field}.terms: {error}") from error
+        raise InputError(f"{field}: {error}") from error
 
 
 def _check_rows(recipe: Recipe) -> None:
@@ -138,7 +172,9 @@ def _check_rows(recipe: Recipe) -> None:
     of_pairs = {}
     if (post := recipe.posttraining) is not None:
         lengths["posttraining.sft.sequence_length"] = post.sft.sequence_length
-        for name in ("sft_train", "rejection_train"):
+        if post.on_policy_train is not None:
+            lengths["posttraining.on_policy.sequence_length"] = post.on_policy.sequence_length
+        for name in ("sft_train", "on_policy_train", "rejection_train"):
             runs[f"posttraining.{name}"] = getattr(post, name)
         for name in ("reward_train", "dpo_train"):
             of_pairs[f"posttraining.{name}"] = getattr(post, name)

@@ -15,6 +15,7 @@ from distill_jax.stages.context import (
     DPO,
     EVALUATE,
     EXPORT,
+    ON_POLICY,
     PRUNE,
     REJECTION,
     REPORT,
@@ -29,6 +30,7 @@ _CONTROL_NAMES = {
 }
 _POSTTRAINING = {
     SFT: ("+ SFT", "answers learnt from demonstrations"),
+    ON_POLICY: ("+ on-policy distillation", "its own answers, corrected by a teacher"),
     REJECTION: ("+ rejection sampling", "its own best answers, picked by a verifier"),
     DPO: ("+ DPO", "right answers preferred to wrong ones"),
 }

@@ -14,6 +14,8 @@ GOODPUT_FILE = "goodput.json"
 """What a run's sessions did with their time, in its directory."""
 STEP, START_UP, COMPILE, DATA, CHECKPOINT = "step", "start-up", "compile", "data", "checkpoint"
 """What a session does: `STEP` is good, the rest is not."""
+ROLLOUT = "rollout"
+"""The part of a step in which the model writes what it learns from."""
 _RECOMPUTED, _DOWN = "recomputed", "down"
 # Between records, unless a checkpoint asks for one.
 _EVERY_S = 60.0
@@ -22,8 +24,9 @@ _EVERY_S = 60.0
 class Goodput:
     """Counts the seconds of one session, from its start to its end, whatever ends it.
 
-    A session is one call of `train`. All its time is `STEP` but for the start-up and the blocks
-    of `on`. A record of it is left now and then, so that a kill loses little.
+    A session is one call of `train`. All its time is `STEP`, `ROLLOUT` included, but for the
+    start-up and the other blocks of `on`. A record of it is left now and then, so that a kill loses
+    little.
 
     Args:
       directory: of the run.
@@ -49,7 +52,7 @@ class Goodput:
         """A block whose time is `what`'s; whoever watches this process sees it there.
 
         Args:
-          what: `STEP`, `COMPILE`, `DATA` or `CHECKPOINT`.
+          what: `STEP`, `ROLLOUT`, `COMPILE`, `DATA` or `CHECKPOINT`.
           step: which one it is done for.
           unless_busy: what the devices compute meanwhile; if that is not ended when the block is,
             the block cost nothing, and its time is `STEP`.
@@ -59,7 +62,7 @@ class Goodput:
         try:
             yield
         finally:
-            if what != STEP and (unless_busy is None or unless_busy.is_ready()):
+            if what in self._seconds and (unless_busy is None or unless_busy.is_ready()):
                 self._seconds[what] += time.monotonic() - start
             parallel.at(step, STEP)
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ def train(
     directory: str | os.PathLike[str],
     *,
     teachers: Mapping[str, Model] | None = None,
+    before_batch: Callable[[Any, int], Mapping[str, float]] | None = None,
     name: str = "train",
     mesh: Mesh | None = None,
     split_time: bool = False,
@@ -49,6 +50,10 @@ def train(
       directory: where checkpoints, metrics.jsonl, goodput.json and TensorBoard files go.
       teachers: models that run beside this one; they lie split as it does, and stay as they are.
         Of several processes each must have them on the mesh already.
+      before_batch: is called with the parameters and the number of a step before its batch is
+        taken, for batches of what the model itself writes; what it returns joins the step's
+        metrics. It must not keep the parameters: the step consumes them. What it leaves for later
+        steps belongs to the state of `batches`.
       name: the stage, for the progress bar.
       mesh: devices; None takes all of them, as one FSDP group.
       split_time: whether devices along the mesh axis "sequence" share rows, as the losses of
@@ -85,6 +90,10 @@ def train(
             progress.bar(name, config.steps, done=first) as bar,
         ):
             for step in range(first + 1, config.steps + 1):
+                figures: Mapping[str, float] = {}
+                if before_batch is not None:
+                    with spent.on("rollout", step):
+                        figures = before_batch(state.params, step)
                 with spent.on("data", step, unless_busy=state.step):
                     batch = share.put(next(batches))
                 profiler.before(step, state)
@@ -98,7 +107,7 @@ def train(
                 stop = parallel.preempted()
                 due = (stop or step % config.checkpoint_every == 0) and step < config.steps
                 logged = due or step % config.log_every == 0 or step == config.steps
-                pending = (step, step * tokens, metrics) if logged else None
+                pending = (step, step * tokens, {**metrics, **figures}) if logged else None
                 bar.advance(tokens=tokens, note=note)
                 if due:
                     # First, so that parameters that are not finite never replace good ones.
