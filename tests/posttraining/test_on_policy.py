@@ -223,6 +223,7 @@ class Parts:
             teachers={"teacher": self.teacher},
             before_batch=self.rollouts.draw,
             mesh=self.mesh,
+            split_time=True,
         )
 
 
@@ -426,9 +427,9 @@ def test_a_round_that_has_ended_leaves_nothing_in_a_checkpoint(made_up):
 
 
 def test_eight_devices_write_and_learn_what_one_does(tmp_path):
-    """Rows over four, heads and channels over two."""
-    config = setting(**MINILLM)
-    eight = parallel.make_mesh(parallel.MeshConfig(data=2, fsdp=2, tensor=2))
+    """Rows over four or, in the step, over two and their times over two; heads over two."""
+    config = setting(**MINILLM, sequence_length=16)
+    eight = parallel.make_mesh(parallel.MeshConfig(data=2, sequence=2, tensor=2))
     for name, mesh in (("one", ONE), ("eight", eight)):
         place = epath.Path(tmp_path / name)
         place.mkdir()
