@@ -1,230 +1,36 @@
-"""What on-policy distillation minimises: batches as a run makes them, and their loss."""
+"""What on-policy distillation learns from, and its loss and its run."""
 
-import itertools
 import json
-import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 from etils import epath
+from on_policy_parts import (
+    END,
+    GIVEN,
+    LARGE,
+    ONE,
+    PROMPTS,
+    TOKENIZER,
+    Parts,
+    model_of,
+    setting,
+    steps,
+)
 from pruning import numpy_llama
 
 from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.models import Completion
 from distill_jax.posttraining import Example, OnPolicyConfig, Rollouts, on_policy_loss, rollouts
-from distill_jax.training import OptimizerConfig, TrainConfig, read_metrics, train
-
-V, END, HORIZON = 3, 2, 3
-PROMPT = [0, 1]
-ANSWERS = [
-    answer
-    for length in range(1, HORIZON + 1)
-    for answer in itertools.product(range(V), repeat=length)
-    if END not in answer[:-1] and (length == HORIZON or answer[-1] == END)
-]
-EXACT = {"reward_clip": np.inf, "length_normalised": False, "whitening": False}
-TOKENIZER = types.SimpleNamespace(pad_id=0, decode=lambda ids: " ".join(map(str, ids)))
-ONE = parallel.make_mesh(parallel.MeshConfig(fsdp=1), jax.devices()[:1])
+from distill_jax.training import read_metrics
 
 
 @pytest.fixture(autouse=True)
 def stops(monkeypatch):
     monkeypatch.setattr(rollouts, "stop_ids", lambda *_: (END,))
-
-
-def model_of(seed, vocab_size=V, layers=1):
-    config = models.LlamaConfig(
-        vocab_size=vocab_size, embed=8, mlp=8, layers=layers, heads=2, kv_heads=2, head_dim=4,
-        tied=False, context=64,
-    )  # fmt: skip
-    source = np.random.default_rng(seed)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(source.normal(scale=0.6, size=leaf.shape), jnp.float32),
-        models.abstract_params(config),
-    )
-    return models.Model(config, params)
-
-
-def log_probs(model, params, sequences):
-    """log p of all answers' tokens [A, T] in float64 NumPy, 0 where there is none."""
-    tokens = np.zeros((len(sequences), len(PROMPT) + HORIZON), int)
-    where = np.zeros((len(sequences), HORIZON), bool)
-    for row, answer in enumerate(sequences):
-        tokens[row, : len(PROMPT) + len(answer)] = [*PROMPT, *answer]
-        where[row, : len(answer)] = True
-    segments = np.ones_like(tokens)
-    logits = numpy_llama.logits(model.config, params, tokens, segments, tied=False)
-    found = scipy.special.log_softmax(logits[:, len(PROMPT) - 1 : -1], axis=-1)
-    answers = tokens[:, len(PROMPT) :, None]
-    return np.where(where, np.take_along_axis(found, answers, axis=-1)[..., 0], 0.0)
-
-
-def sequence_kl(student, teacher, params):
-    """KL(student || teacher) between distributions of whole answers, by its definition."""
-    log_q, log_p = (
-        log_probs(*one, ANSWERS).sum(-1) for one in ((student, params), (teacher, teacher.params))
-    )
-    np.testing.assert_allclose(np.exp(log_q).sum(), 1.0)
-    return np.sum(np.exp(log_q) * (log_q - log_p))
-
-
-def directions(params, count=4):
-    source = np.random.default_rng(9)
-    return [jax.tree.map(lambda leaf: source.normal(size=leaf.shape), params) for _ in range(count)]
-
-
-def slopes(student, teacher, step=1e-4):
-    """Of the KL of whole answers along `directions`, in float64."""
-
-    def moved(direction, by):
-        return jax.tree.map(
-            lambda leaf, change: np.asarray(leaf, np.float64) + by * change,
-            student.params,
-            direction,
-        )
-
-    return np.array(
-        [
-            sum(
-                sign * sequence_kl(student, teacher, moved(direction, sign * step))
-                for sign in (1, -1)
-            )
-            / (2 * step)
-            for direction in directions(student.params)
-        ]
-    )
-
-
-def along(gradient):
-    """A gradient's products with the `directions`."""
-    products = [
-        jax.tree.map(lambda g, d: np.sum(np.asarray(g, np.float64) * d), gradient, direction)
-        for direction in directions(gradient)
-    ]
-    return np.array([sum(jax.tree.leaves(one)) for one in products])
-
-
-def minillm(rows, share, **options):
-    """A student, a teacher, batches of so many rows for one prompt, and the slopes of their sum."""
-    student, teacher = model_of(0), model_of(1)
-    config = OnPolicyConfig(
-        method="minillm",
-        sequence_length=len(PROMPT) + HORIZON,
-        max_new_tokens=HORIZON,
-        teacher_share=share,
-        whole_weights=True,
-        rows_at_once=4096,
-        **EXACT,
-        **options,
-    )
-    made = Rollouts(
-        student.config, teacher, TOKENIZER, config, TrainConfig(steps=1, batch_rows=rows),
-        [PROMPT], mesh=ONE,
-    )  # fmt: skip
-    loss_fn = on_policy_loss(student.config, teacher.config, config)
-
-    @jax.jit
-    def gradient(batch):
-        frozen = {"teacher": teacher.params}
-        return jax.grad(lambda params: loss_fn(params, batch, 0, frozen).loss)(student.params)
-
-    return student, teacher, made, gradient
-
-
-@pytest.mark.parametrize("share", [0.0, 0.2])
-def test_minillms_expected_gradient_is_that_of_the_kl_of_whole_answers(share, monkeypatch):
-    """Every answer once, each as heavy as the sampler would draw it."""
-    student, teacher, made, gradient = minillm(len(ANSWERS), share)
-    every = [Completion(list(answer), [], False) for answer in ANSWERS]
-    monkeypatch.setattr(rollouts, "generate", lambda *_, **__: every)
-    made.draw(student.params, 1)
-    batch = next(made)
-    answers = [
-        row["tokens"][np.flatnonzero(row["where"]) + 1].tolist()
-        for row in (jax.tree.map(lambda leaf, i=i: leaf[i], batch) for i in range(len(ANSWERS)))
-    ]
-    assert sorted(map(tuple, answers)) == sorted(ANSWERS)
-    q, p = (
-        np.exp(log_probs(*one, answers))
-        for one in ((student, student.params), (teacher, teacher.params))
-    )
-    drawn = (share * p + (1 - share) * q).prod(-1)
-    np.testing.assert_allclose(drawn.sum(), 1.0, rtol=1e-5)
-    weighed = batch | {"where": np.float32(batch["where"] * drawn[:, None])}
-    exact = slopes(student, teacher)
-    assert np.abs(exact).min() > 0.1
-    np.testing.assert_allclose(along(gradient(weighed)), exact, rtol=2e-3, atol=1e-4)
-
-
-def test_minillms_gradient_over_drawn_answers_is_that_one_within_its_error():
-    blocks, size = 32, 128
-    student, teacher, made, gradient = minillm(size, 0.2, rollout_rows=blocks * size)
-    found = []
-    for step in range(1, blocks + 1):
-        made.draw(student.params, step)
-        found.append(along(gradient(next(made))) / size)
-    mean, error = np.mean(found, axis=0), np.std(found, axis=0, ddof=1) / blocks**0.5
-    exact = slopes(student, teacher)
-    assert (np.abs(mean - exact) < 3 * error).all()
-    assert np.abs(exact / error).max() > 10  # else anything would do
-
-
-# A larger vocabulary, several prompts, and everything that may be learnt beside.
-LARGE = 19
-PROMPTS = [[3, 1, 4], [15], [9, 2, 6, 5, 3], [5, 8], [9, 7, 9]]
-GIVEN = [Example([3, 1, 7, 2], [False, False, True, True]), Example([4, 4, 2], [False, True, True])]
-
-
-def text(count=6, time=7):
-    source = np.random.default_rng(3)
-    segments = np.repeat([1, 2, 0], [3, 3, time - 6]).astype(np.int32)
-    return [
-        {"tokens": source.integers(0, LARGE, time).astype(np.int32), "segment_ids": segments}
-        for _ in range(count)
-    ]
-
-
-def setting(**options):
-    settings = {"sequence_length": 14, "max_new_tokens": 8, "student_share": 1.0} | options
-    return OnPolicyConfig(**settings)
-
-
-def steps(count, **options):
-    optimizer = OptimizerConfig(learning_rate=0.03, schedule="constant", warmup_fraction=0.0)
-    return TrainConfig(steps=count, batch_rows=8, optimizer=optimizer, **options)
-
-
-class Parts:
-    """A student, a teacher, and how they are trained."""
-
-    def __init__(self, config, train, *, mesh=ONE, directory=None, kind=Rollouts):
-        self.student, self.teacher = model_of(0, LARGE, 2), model_of(1, LARGE)
-        self.config, self.steps, self.mesh = config, train, mesh
-        self.rollouts = kind(
-            self.student.config, self.teacher, TOKENIZER, config, train, PROMPTS,
-            conversations=GIVEN, text=text(), mesh=mesh, directory=directory,
-        )  # fmt: skip
-        self.loss_fn = on_policy_loss(
-            self.student.config, self.teacher.config, config,
-            mesh=mesh, compute_dtype=train.compute_dtype,
-        )  # fmt: skip
-
-    def train(self, directory):
-        return train(
-            self.student,
-            self.loss_fn,
-            self.rollouts,
-            self.steps,
-            directory,
-            teachers={"teacher": self.teacher},
-            before_batch=self.rollouts.draw,
-            mesh=self.mesh,
-            split_time=True,
-        )
 
 
 def of_rows(model, batch):
@@ -491,7 +297,7 @@ def test_sources_that_do_not_fit_are_refused(options, sources, message):
 
 def test_a_teacher_of_another_vocabulary_is_refused():
     with pytest.raises(InputError, match="teacher: has 3 token ids, the student 19"):
-        on_policy_loss(model_of(0, LARGE).config, model_of(1).config, setting())
+        on_policy_loss(model_of(0, LARGE).config, model_of(1, 3).config, setting())
 
 
 def test_prompts_come_over_and_over_each_time_in_another_order():
