@@ -31,7 +31,7 @@ def model_of(seed, vocab_size, layers=1):
     return models.Model(config, params)
 
 
-def text(count=6, time=7):
+def text(count=6, time=8):
     source = np.random.default_rng(3)
     segments = np.repeat([1, 2, 0], [3, 3, time - 6]).astype(np.int32)
     return [
