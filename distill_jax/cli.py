@@ -33,8 +33,8 @@ from distill_jax.stages import context, preflight, shapes
 
 _DESCRIPTION = """\
 Turns a large Llama into a small one:
-corpus -> teachers -> targets -> prune -> distill -> sft -> on-policy -> rejection-sample -> dpo
--> evaluate -> export -> report."""
+corpus -> teachers -> targets -> prune -> distill -> sft -> on-policy -> reward-model
+-> rejection-sample -> dpo -> evaluate -> export -> report."""
 
 _EXAMPLES = """\
 examples:

@@ -75,7 +75,7 @@ def read_manifest(directory: epath.Path) -> dict[str, Any]:
     """
     if not (directory / MANIFEST).exists():
         raise InputError(f"{directory}: this stage has not been run to its end")
-    return artifacts.read_json(directory / MANIFEST)
+    return artifacts.read_object(directory / MANIFEST)
 
 
 def run(

@@ -196,7 +196,7 @@ class Recipe:
       controls: what else is trained on as many tokens: "cross_entropy" from the same pruned start
         without teachers, "random_start" with the teachers from random parameters.
       seeds: one distilled student, and one of each control, for each.
-      posttraining: SFT, rejection sampling and DPO of the first seed's student; None: none.
+      posttraining: what makes the first seed's student answer, from SFT to DPO; None: nothing.
       evaluation: batch sizes of the evaluation.
       prompts: texts that the report lets the models continue.
       notes: caveats that a reader of the report must know.

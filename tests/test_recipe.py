@@ -21,6 +21,7 @@ from distill_jax.recipe import (
     to_json,
 )
 from distill_jax.stages import Run, preflight, report, students
+from distill_jax.stages.context import stored_teachers
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 TINY = CONFIGS / "tiny.py"
@@ -202,6 +203,14 @@ def test_a_divergence_chooses_the_store_that_can_give_it():
     assert store("distill.terms.large.targets=top_k") == "top_k"
     with pytest.raises(InputError, match=r"distill\.terms\.large\.targets: 'x' is none of"):
         store("distill.terms.large.targets=x")
+
+
+def test_of_a_teacher_that_only_corrects_answers_nothing_is_stored():
+    recipe = load_recipe(TINY, ["size=test", "on_policy=gkd"])
+    assert stored_teachers(recipe) == ["large", "small"]
+    terms = {"small": recipe.distill.terms["small"]}
+    distill = dataclasses.replace(recipe.distill, terms=terms)
+    assert stored_teachers(dataclasses.replace(recipe, distill=distill)) == ["small"]
 
 
 def test_a_store_that_keeps_something_else_than_the_recipe_says_is_refused(tmp_path):

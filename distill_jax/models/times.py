@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from distill_jax.artifacts import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Times:
@@ -29,9 +31,9 @@ class Times:
     shards: int
 
     def check(self, time: int) -> None:
-        """Raises ValueError for rows that do not fall apart into two pieces for each device."""
+        """Raises InputError for rows that do not fall apart into two pieces for each device."""
         if time % (2 * self.shards):
-            raise ValueError(f"rows of {time} tokens do not divide into {2 * self.shards} pieces")
+            raise InputError(f"rows of {time} tokens do not divide into {2 * self.shards} pieces")
 
     def device(self) -> Array:
         """The number of this device among those that share rows."""

@@ -74,7 +74,14 @@ def row_log_probs(
 
 
 def sequence_log_probs(
-    config: LlamaConfig, params: Any, row: Mapping[str, Array], **options: Any
+    config: LlamaConfig,
+    params: Any,
+    row: Mapping[str, Array],
+    *,
+    chunk: int = 1024,
+    remat: Remat = "none",
+    reading: Reading = Reading(),
 ) -> Array:
     """Sums of `row_log_probs`, with its arguments, over each row, [B] float32."""
-    return jnp.sum(row_log_probs(config, params, row, **options), axis=-1)
+    log_probs_BT = row_log_probs(config, params, row, chunk=chunk, remat=remat, reading=reading)
+    return jnp.sum(log_probs_BT, axis=-1)

@@ -6,6 +6,7 @@ policy gradient. `rollouts` makes their batches, `losses.policy` has their formu
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -90,15 +91,15 @@ class OnPolicyConfig(PromptConfig):
                 f"OnPolicyConfig.divergence: {self.divergence!r} is none of the divergences "
                 f"{', '.join(losses.DIVERGENCES)}"
             )
-        if self.sequence_length < 2:
-            self._refuse("sequence_length", "at least 2")
+        if self.sequence_length < self.max_new_tokens + 1:
+            self._refuse("sequence_length", f"answers alone may have {self.max_new_tokens} tokens")
         for name in ("epochs", "rows_at_once", "rollout_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 self._refuse(name, "at least 1")
         for name in ("conversations_weight", "text_weight"):
-            if not getattr(self, name) >= 0:
-                self._refuse(name, "it must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                self._refuse(name, "it must be a number and not negative")
         for name in ("divergence_temperature", "clip", "reward_clip"):
             if not getattr(self, name) > 0:
                 self._refuse(name, "it must be above 0")
@@ -109,7 +110,7 @@ class OnPolicyConfig(PromptConfig):
         if self.method == "minillm":
             if self.temperature != 1:
                 self._refuse("temperature", "MiniLLM's gradient is that of sampling at 1")
-            if self.top_p not in (None, 1):
+            if self.top_p is not None:
                 self._refuse("top_p", "MiniLLM's gradient is that of sampling from all tokens")
 
     def _refuse(self, name: str, why: str) -> None:
@@ -141,8 +142,9 @@ def on_policy_objective(config: OnPolicyConfig) -> losses.Objective:
     """What is minimised of a round's tokens, and what is watched beside.
 
     Its terms are the loss by the divergence's name, or "minillm" with the terms of
-    `losses.minillm`; "reverse_kl", KL(student || teacher); "entropy", the student's; and
-    "teacher_log_prob", the teacher's of the token that was written.
+    `losses.minillm`, of which "single_step" is KL(student || teacher); of GKD that KL is
+    "reverse_kl", unless it is what is minimised; "entropy", the student's; and "teacher_log_prob",
+    the teacher's of the token that was written.
     """
     if config.method == "minillm":
         learnt = {"minillm": (1.0, losses.minillm(TEACHER, clip=config.clip))}

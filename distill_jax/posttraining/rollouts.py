@@ -90,11 +90,11 @@ class Rollouts(Iterator[dict[str, Any]]):
           directory: where the answers of the last round are shown, in `SAMPLES_FILE`.
 
         Raises:
-          InputError: no prompts or conversations, or one that is too long; `rollout_rows` that is
-            no multiple of a batch's rows.
+          InputError: no prompts, conversations or text where they are used, or one too long;
+            `rollout_rows` that is no multiple of a batch's rows.
         """
         self._size = train.batch_rows if config.rollout_rows is None else config.rollout_rows
-        _check(config, train, self._size, prompts, conversations)
+        _check(config, train, self._size, prompts, conversations, text)
         self._shape, self._tokenizer, self._config, self._train = model, tokenizer, config, train
         self._mesh = mesh or parallel.make_mesh()
         self._share = parallel.row_share(parallel.batch_sharding(self._mesh, split_time=True))
@@ -137,7 +137,8 @@ class Rollouts(Iterator[dict[str, Any]]):
         batch = jax.tree.map(lambda array: array[chosen], self._round.rows)
         for name in self._config.beside:
             others = _stack(self._records(name, (self._step - 1) * size, size))
-            ratio = np.float32(batch["where"].sum() / others["where"].sum())
+            # Rows may have nothing to learn.
+            ratio = np.float32(batch["where"].sum() / max(others["where"].sum(), 1))
             batch[name] = {**others, "where": others["where"] * ratio}
         return jax.tree.map(lambda array: array[self._share.index :: self._share.count], batch)
 
@@ -267,17 +268,20 @@ def _check(
     size: int,
     prompts: Sequence[Sequence[int]],
     conversations: Sequence[Example],
+    text: data.RowSource | None,
 ) -> None:
     if size % train.batch_rows:
         raise InputError(
             f"OnPolicyConfig.rollout_rows is {size}; it must be a multiple of a batch's rows, "
             f"{train.batch_rows}"
         )
-    if not prompts:
+    if not prompts and config.given_share < 1:
         raise InputError("OnPolicyConfig.prompts: there are none")
+    if TEXT in config.beside and not (text is not None and len(text)):
+        raise InputError("OnPolicyConfig.text_weight: there is no text to learn")
     if config.uses_conversations and not conversations:
         raise InputError("OnPolicyConfig: no conversations to learn beside the student's answers")
-    longest = max(map(len, prompts)) + config.max_new_tokens
+    longest = max(map(len, prompts), default=0) + config.max_new_tokens
     given = max((len(example.tokens) for example in conversations), default=0)
     for what, tokens in (("prompt and its answer have", longest), ("conversation has", given)):
         if tokens > config.sequence_length:

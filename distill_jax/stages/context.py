@@ -166,10 +166,15 @@ def targets(name: str) -> str:
 
 
 def stored_teachers(recipe: Recipe) -> list[str]:
-    """The teachers of which targets are stored: all but those that are live wherever they teach."""
-    trainings = recipe.trainings.values()
+    """The teachers of which targets are stored: all but those that are live wherever they teach.
+
+    One that only reads answers of post-training is live.
+    """
+    trainings, post = recipe.trainings.values(), recipe.posttraining
     live = {name for distill in trainings for name in distill.teachers(live=True)}
     read = {name for distill in trainings for name in distill.teachers(live=False)}
+    if post is not None and post.on_policy_train is not None:
+        live.add(post.on_policy.teacher or "")
     known = recipe.teachers if recipe.targets.schemes else ()
     return [name for name in known if name in read or name not in live]
 

@@ -53,7 +53,7 @@ def train(
       before_batch: is called with the parameters and the number of a step before its batch is
         taken, for batches of what the model itself writes; what it returns joins the step's
         metrics. It must not keep the parameters: the step consumes them. What it leaves for later
-        steps belongs to the state of `batches`.
+        steps belongs to the state of `batches`. On other devices a model may write something else.
       name: the stage, for the progress bar.
       mesh: devices; None takes all of them, as one FSDP group.
       split_time: whether devices along the mesh axis "sequence" share rows, as the losses of

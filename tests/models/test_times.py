@@ -4,6 +4,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from distill_jax import parallel
+from distill_jax.artifacts import InputError
 from distill_jax.models.times import Times
 
 
@@ -37,5 +38,5 @@ def test_what_all_have_is_the_row_and_all_have_the_same_to_do(shards):
 
 
 def test_rows_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="rows of 12 tokens do not divide into 8 pieces"):
+    with pytest.raises(InputError, match="rows of 12 tokens do not divide into 8 pieces"):
         over(4, Times("sequence", 4).own)(np.zeros((1, 12)))

@@ -1,6 +1,7 @@
 """What on-policy distillation learns from, and its loss and its run."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -259,12 +260,13 @@ def test_eight_devices_write_and_learn_what_one_does(tmp_path):
         ({"student_share": float("nan")}, r"student_share is nan; it must be in \[0, 1\]"),
         ({"teacher_share": 1.0}, r"teacher_share is 1.0; it must be in \[0, 1\)"),
         ({"method": "minillm", "temperature": 0.7}, "temperature is 0.7; MiniLLM's gradient"),
-        ({"method": "minillm", "top_p": 0.9}, "top_p is 0.9; MiniLLM's gradient"),
+        ({"method": "minillm", "top_p": 1.0}, "top_p is 1.0; MiniLLM's gradient"),
         ({"temperature": 0.0}, "OnPolicyConfig.temperature is 0.0; above 0"),
         ({"epochs": 0}, "epochs is 0; at least 1"),
         ({"rollout_rows": 0}, "rollout_rows is 0; at least 1"),
-        ({"sequence_length": 1}, "sequence_length is 1; at least 2"),
-        ({"text_weight": -1.0}, "text_weight is -1.0; it must not be negative"),
+        ({"sequence_length": 32}, "sequence_length is 32; answers alone may have 32 tokens"),
+        ({"text_weight": -1.0}, "text_weight is -1.0; it must be a number and not negative"),
+        ({"text_weight": math.inf}, "text_weight is inf; it must be a number"),
         ({"clip": 0.0}, "clip is 0.0; it must be above 0"),
         ({"max_new_tokens": 0}, "OnPolicyConfig.max_new_tokens is 0; at least 1"),
     ],
@@ -282,6 +284,8 @@ def test_a_wrong_setting_is_refused(options, message):
         ({"sequence_length": 13}, {"long": True}, "is 13; the longest conversation has 14 tokens"),
         ({}, {"prompts": []}, "OnPolicyConfig.prompts: there are none"),
         ({"student_share": 0.5}, {"conversations": []}, "no conversations to learn"),
+        ({"text_weight": 1.0}, {}, "text_weight: there is no text to learn"),
+        ({"text_weight": 1.0}, {"text": []}, "text_weight: there is no text to learn"),
     ],
 )
 def test_sources_that_do_not_fit_are_refused(options, sources, message):
@@ -293,6 +297,14 @@ def test_sources_that_do_not_fit_are_refused(options, sources, message):
             model_of(0, LARGE).config, model_of(1, LARGE), TOKENIZER, setting(**options),
             steps(1), mesh=ONE, **given,
         )  # fmt: skip
+
+
+def test_text_with_nothing_to_learn_weighs_nothing():
+    made = Parts(setting(text_weight=1.0), steps(1))
+    row = {"tokens": np.ones(8, np.int32), "segment_ids": np.arange(8, dtype=np.int32)}
+    made.rollouts._sources["text"] = [row]
+    made.rollouts.draw(made.student.params, 1)
+    assert not next(made.rollouts)["text"]["where"].any()
 
 
 def test_a_teacher_of_another_vocabulary_is_refused():
