@@ -37,20 +37,23 @@ class OnPolicyConfig(PromptConfig):
     Attributes:
       teacher: a teacher of the recipe, which reads the answers.
       method: "gkd" or "minillm".
-      sequence_length: tokens of a row; a row holds one question with its answer.
+      sequence_length: tokens of a row; a row holds one question with its answer, and the rest of it
+        is padding that costs as much.
       rollout_rows: answers that are drawn with the same parameters, a round of training; a multiple
         of a batch's rows, None for those of one batch (MiniLLM's own: 256).
       epochs: how often each of them is learnt before the next round (MiniLLM's own: 4).
       rows_at_once: most answers that are written, or read for MiniLLM's rewards, at the same time,
-        which bounds the memory of the cache.
+        which bounds the memory of the cache. Whoever writes, the teacher too if it takes part, has
+        its weights laid out once more meanwhile.
       conversations_weight: weight of the mean cross-entropy on as many conversations of fine-tuning
-        as a batch has rows.
+        as a batch has rows; it and the next cost a pass of their own over the parameters.
       text_weight: weight of the mean cross-entropy on as many rows of the corpus's text, MiniLLM's
         pre-training term (its own: 1).
       student_share: of GKD, lambda: the part of the rounds, drawn by chance, that are answers of
         the student's own; the others are conversations of fine-tuning. As in the paper all rows of
         a round are of one kind, so that each kind is averaged over its own tokens and long answers
-        do not weigh more.
+        do not weigh more. Prompts and conversations are counted over all rounds: a lap through
+        either leaves out what falls on rounds of the other kind.
       divergence: of GKD, name of a divergence in `distill_jax.losses`.
       options: of GKD, further keyword arguments of the divergence, such as {"beta": 0.9}.
       divergence_temperature: of GKD, softens both sides of the divergence.
