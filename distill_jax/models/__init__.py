@@ -1,5 +1,6 @@
 """Llama in Flax NNX: its shapes, its forward pass, its weights in and out, generation."""
 
+from distill_jax.models.averaging import average
 from distill_jax.models.checkpoint import is_saved, load, load_config, save
 from distill_jax.models.config import LlamaConfig, RopeScaling
 from distill_jax.models.generation import Completion, generate
@@ -51,6 +52,7 @@ __all__ = [
     "RopeScaling",
     "Sampling",
     "abstract_params",
+    "average",
     "config_from_hugging_face",
     "config_to_hugging_face",
     "export_hugging_face",
