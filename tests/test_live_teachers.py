@@ -11,7 +11,7 @@ import scipy.special
 from etils import epath
 from training.test_loop import Dying, Killed
 
-from distill_jax import data, models, pipeline
+from distill_jax import artifacts, data, models, pipeline
 from distill_jax.artifacts import InputError
 from distill_jax.recipe import TargetsConfig, load_recipe
 from distill_jax.stages import Run, all_stages, preflight
@@ -48,7 +48,9 @@ def run(tmp_path_factory):
         params = models.init_params(shape, jax.random.key(seed))
         wild = jax.tree.map(lambda x: 4 * x, params)  # so that they do not agree
         made.save(made.directory / stage, models.Model(shape, wild))
-    stages(made)["targets/small"].work(made.directory / "targets/small")
+    place = made.directory / "targets/small"
+    figures = stages(made)["targets/small"].work(place)
+    artifacts.write_json(place / pipeline.MANIFEST, {"figures": figures})
     return made
 
 

@@ -56,7 +56,9 @@ def test_larger_slices_double_the_chips_until_there_are_none():
 
 def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_made():
     devices = [object()] * 256
-    with pytest.raises(InputError, match=r"data=3, fsdp=-1, tensor=1\) does not arrange 256"):
+    with pytest.raises(
+        InputError, match=r"data=3, fsdp=-1, sequence=1, tensor=1\) does not arrange 256"
+    ):
         parallel.make_mesh(parallel.MeshConfig(data=3), devices)
 
 
