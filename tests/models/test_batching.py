@@ -72,6 +72,7 @@ def counted(monkeypatch, name):
     return calls
 
 
+@pytest.mark.slow
 def test_rows_that_end_are_given_to_waiting_texts(model, score, monkeypatch):
     prompts = uneven_prompts(40)
     kwargs = {
@@ -122,6 +123,7 @@ def test_samples_of_a_prompt_share_one_reading(model, monkeypatch):
     assert_close(together, alone)
 
 
+@pytest.mark.slow
 def test_short_prompts_are_read_many_at_once_and_long_ones_few(model, monkeypatch):
     prompts = uneven_prompts(21, longest=60)
     kwargs = {"max_new_tokens": 3, "sampling": Sampling(), "seeds": range(21), "batch_rows": 16}

@@ -233,6 +233,7 @@ def test_a_round_that_has_ended_leaves_nothing_in_a_checkpoint(made_up):
     assert kept == [True, True, True, False, True]
 
 
+@pytest.mark.slow
 def test_eight_devices_write_and_learn_what_one_does(tmp_path):
     """Rows over four or, in the step, over two and their times over two; heads over two."""
     config = setting(**MINILLM, sequence_length=16)

@@ -181,6 +181,7 @@ def kl_by_hand(policy, reference, sequences) -> float:
     return sums / count
 
 
+@pytest.mark.slow
 def test_preferences_of_a_file_are_learnt_after_fine_tuning(run, tokenizer, tmp_path):
     chats, pairs = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl"
     chats.write_text(conversation("2 + 2?", "4"))

@@ -25,6 +25,7 @@ def batches():
     return tiny.split(tiny.rows(24, vocab_size=32), 8)
 
 
+@pytest.mark.slow
 def test_prune_writes_scores_and_plan_and_can_be_repeated(tmp_path, batches):
     config = PruneConfig(target=TARGET, calibration_rows=12)
     student, figures = prune(tiny.model(SOURCE), batches, config, tmp_path / "a")

@@ -146,6 +146,7 @@ def test_no_batches():
         grams(tiny.model(), plan, [])
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     model, batch = tiny.model(dataclasses.replace(tiny.SOURCE, embed=16)), tiny.rows(8)
     target = dataclasses.replace(model.config, embed=8, mlp=12)

@@ -6,9 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_few_faults_of_every_kind_lose_nothing():
     # In a process of its own, because it forks.
     run = subprocess.run(
