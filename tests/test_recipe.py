@@ -174,6 +174,18 @@ def test_the_objective_is_the_weighted_sum_of_the_terms():
         ("targets.schemes.top_k.k=99999", "99999"),
         ("distill.train.batch_rows=4", "distill.train.batch_rows: 4 rows .* 8 devices"),
         ("evaluation.batch_rows=6", "evaluation.batch_rows: 6 rows .* 8 devices"),
+        (
+            "mesh.sequence=2; posttraining.dpo_train.batch_rows=4",
+            "posttraining.dpo_train.batch_rows: 4 rows .* 8 devices",
+        ),
+        (
+            "mesh.sequence=8; corpus.sequence_length=120; posttraining.replay=0",
+            "corpus.sequence_length: 120 tokens do not divide .* 8 devices of mesh.sequence",
+        ),
+        (
+            "mesh.sequence=8; posttraining.sft.sequence_length=120; posttraining.replay=0",
+            "posttraining.sft.sequence_length: 120 tokens do not divide",
+        ),
         ("prune.target.embed=90", "90"),
         ("corpus.train_rows=4", "teachers.large.train.batch_rows: a batch has 8 rows, .* is 4"),
         ('prompts=[""]', "prompts: one is empty"),
@@ -183,6 +195,12 @@ def test_what_cannot_work_is_refused_before_any_work(override, message):
     with pytest.raises(InputError, match=message) as caught:
         preflight.check(load_recipe(TINY, override.split("; ")))
     assert "\n" not in str(caught.value)
+
+
+def test_devices_that_share_rows_need_fewer():
+    training = ("distill.train", "posttraining.sft_train")
+    rows = [f"{name}.batch_rows=4" for name in training]
+    preflight.check(load_recipe(TINY, ["mesh.sequence=2", *rows]))
 
 
 @pytest.mark.parametrize(

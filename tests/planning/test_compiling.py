@@ -58,6 +58,7 @@ class Machine:
             raise InputError("does not arrange")
         remat, batch = choice.remat or "none", choice.batch or 1
         hbm = batch * self.weights[remat] * 16 / topology.chips
+        hbm /= choice.mesh.sequence if choice.mesh else 1
         return [
             a_report(
                 topology=str(topology),
@@ -65,6 +66,7 @@ class Machine:
                 batch=batch,
                 remat=remat,
                 hbm=hbm,
+                mesh=dataclasses.asdict(choice.mesh) if choice.mesh else {},
                 fits=hbm <= 16e9,
                 tokens=1000 * batch,
                 step=self.seconds(choice),
@@ -111,6 +113,20 @@ def test_kinds_without_anything_that_fits_are_left_out(machine, question):
     machine.asked.clear()
     planning.would_fit(writing, V5E, a_report(batch=2, fits=False))
     assert {remat for remat, _, _ in machine.asked} == {"none"}  # there is nothing to recompute
+
+
+def test_a_row_that_does_not_fit_is_shared(machine, question, monkeypatch):
+    monkeypatch.setattr(machine, "weights", {"none": 8e9, "full": 40e9})
+    refused = a_report(batch=1, remat="full", fits=False, hbm=40e9)
+    shared, larger = planning.would_fit(question, V5E, refused)
+    assert (shared.topology, shared.batch) == ("v5e:4x4", 1)
+    assert (shared.mesh["fsdp"], shared.mesh["sequence"]) == (4, 4)
+    assert (larger.topology, larger.mesh["sequence"]) == ("v5e:8x8", 1)
+    # Only what trains on next tokens can, and only where fewer rows cannot help.
+    for stage, batch in (("dpo", 1), ("distill", 2)):
+        other = dataclasses.replace(question, stage=stage)
+        found = planning.would_fit(other, V5E, a_report(batch=batch, remat="full", fits=False))
+        assert not [report for report in found if report.mesh["sequence"] > 1]
 
 
 def test_what_reads_no_rows_is_not_tried_with_fewer(machine, question):

@@ -271,6 +271,14 @@ def test_the_recipes_own_choice_is_kept_and_others_are_made(recipe):
     assert any("a batch has 12 rows, the recipe's 8" in note for note in program.notes)
 
 
+def test_devices_that_share_rows_have_fewer_tokens(recipe):
+    """But not in preferences, which need whole rows."""
+    choice = Choice(batch=3, mesh=parallel.MeshConfig(fsdp=2, sequence=4))
+    for stage, rows in (("distill", 6), ("sft", 6), ("dpo", 24)):
+        (program,) = programs(recipe, stage, choice=choice)
+        assert (program.rows, program.batch) == (rows, 3)
+
+
 def test_forward_passes_cost_a_third(recipe):
     (writing,) = programs(recipe, "targets", choice=Choice(batch=2))
     assert writing.name == "targets large"
