@@ -59,6 +59,7 @@ class Machine:
         remat, batch = choice.remat or "none", choice.batch or 1
         hbm = batch * self.weights[remat] * 16 / topology.chips
         hbm /= choice.mesh.sequence if choice.mesh else 1
+        mesh = dataclasses.asdict(choice.mesh) if choice.mesh else {}
         return [
             a_report(
                 topology=str(topology),
@@ -66,7 +67,7 @@ class Machine:
                 batch=batch,
                 remat=remat,
                 hbm=hbm,
-                mesh=dataclasses.asdict(choice.mesh) if choice.mesh else {},
+                mesh={axis: size for axis, size in mesh.items() if size is not None},
                 fits=hbm <= 16e9,
                 tokens=1000 * batch,
                 step=self.seconds(choice),
