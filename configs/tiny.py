@@ -2,9 +2,11 @@
 
 `--set size=test` is a cut of it that the tests run; `--set divergence=reverse_kl`, or any other
 divergence of `distill_jax.losses`, is what the student minimises. With `--set on_policy=gkd`, or
-minillm, the large teacher corrects what the fine-tuned student writes.
+minillm, the large teacher corrects what the fine-tuned student writes; with `--set rounds=2`,
+post-training goes two rounds, the second on samples of what the first left.
 """
 
+import dataclasses
 from typing import Literal
 
 from distill_jax.data import CorpusConfig
@@ -29,10 +31,31 @@ def get_config(
     size: Literal["default", "test"] = "default",
     divergence: str = "forward_kl",
     on_policy: Literal["none", "gkd", "minillm"] = "none",
+    rounds: int = 1,
 ) -> Recipe:
     test = size == "test"
     vocab_size = 512 if test else 4096
     steps = 8 if test else 40
+    posttraining = PostTrainingConfig(
+        task="continents",
+        problems=24 if test else 60,
+        sft=SftConfig(sequence_length=128),
+        sft_train=_train(80),
+        replay=0.25,
+        on_policy=OnPolicyConfig(
+            teacher="large",
+            method="minillm" if on_policy == "minillm" else "gkd",
+            sequence_length=128,
+            max_new_tokens=12,
+            text_weight=1.0 if on_policy == "minillm" else 0.0,
+        ),
+        on_policy_train=None if on_policy == "none" else _train(steps // 2, 1e-3),
+        rejection=RejectionConfig(samples=6, max_new_tokens=12),
+        rejection_train=_train(steps // 2),
+        dpo=DpoConfig(sequence_length=128),
+        dpo_train=_train(steps // 2, learning_rate=1e-4),
+    )
+    *before, last = (_round(posttraining, number, steps) for number in range(rounds))
     return Recipe(
         name="tiny-test" if test else "tiny",
         tokenizer=TokenizerConfig(vocab_size=vocab_size),
@@ -75,29 +98,20 @@ def get_config(
         ),
         controls=("cross_entropy", "random_start"),
         seeds=(0,),
-        posttraining=PostTrainingConfig(
-            task="continents",
-            problems=24 if test else 60,
-            sft=SftConfig(sequence_length=128),
-            sft_train=_train(80),
-            replay=0.25,
-            on_policy=OnPolicyConfig(
-                teacher="large",
-                method="minillm" if on_policy == "minillm" else "gkd",
-                sequence_length=128,
-                max_new_tokens=12,
-                text_weight=1.0 if on_policy == "minillm" else 0.0,
-            ),
-            on_policy_train=None if on_policy == "none" else _train(steps // 2, 1e-3),
-            rejection=RejectionConfig(samples=6, max_new_tokens=12),
-            rejection_train=_train(steps // 2),
-            dpo=DpoConfig(sequence_length=128),
-            dpo_train=_train(steps // 2, learning_rate=1e-4),
-        ),
+        posttraining_rounds=tuple(before),
+        posttraining=last,
         evaluation=EvaluationConfig(speed=SpeedConfig(new_tokens=16, prefill_tokens=64)),
         prompts=("The capital of France is", "The first season of the series"),
         notes=("These models are far too small to know anything: they only show the way.",),
     )
+
+
+def _round(first: PostTrainingConfig, number: int, steps: int) -> PostTrainingConfig:
+    """A later round draws other samples, and starts from an answering model: it needs less."""
+    if number == 0:
+        return first
+    samples = dataclasses.replace(first.rejection, seed=number)
+    return dataclasses.replace(first, sft_train=_train(steps), rejection=samples)
 
 
 def _shape(vocab_size: int, layers: int, embed: int) -> LlamaConfig:

@@ -3,33 +3,12 @@
 import argparse
 import json
 import logging
-import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
-import rich.console
-from etils import epath
-
-from distill_jax import (
-    __version__,
-    artifacts,
-    data,
-    evaluation,
-    models,
-    parallel,
-    pipeline,
-    planning,
-    posttraining,
-    pruning,
-    stages,
-    teachers,
-    training,
-)
+from distill_jax import __version__, commands, models, parallel, planning, pruning, stages
 from distill_jax.artifacts import InputError
-from distill_jax.recipe import Recipe, load_recipe
-from distill_jax.stages import context, preflight, shapes
 
 _DESCRIPTION = """\
 Turns a large Llama into a small one:
@@ -49,6 +28,8 @@ examples:
   distill-jax compile configs/llama3_2_1b.py --topology v5e:16x16 --batch 1 2 4
       what the distillation would take on a slice of TPUs, which need not be there
   distill-jax generate runs/mine/distill/seed-0 --prompt "The capital of France is"
+  distill-jax average runs/*/dpo --out runs/mean
+      one model of several runs, which started from the same one
   distill-jax inspect runs/mine/targets/large/samples --row 3
   distill-jax verify runs/mine/targets/large/samples --corpus runs/mine/corpus
 
@@ -63,6 +44,7 @@ _STAGE_HELP = {
     "rounds": "cut and train on the way to the student's size, where the recipe says so",
     "prune": "importance -> plan -> surgery -> repair",
     "distill": "train the students, and the controls, on what the teachers say",
+    "posttraining-rounds": "post-train before the last round, where the recipe says so",
     "sft": "fine-tune on demonstrations, or conversations of your own",
     "on-policy": "let a teacher correct what the student writes, where the recipe says so",
     "reward-model": "train a judge of answers on preference pairs, where the recipe says so",
@@ -83,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # Orbax tells of every file it writes; a person who runs a recipe has no use for that.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    parallel.keep_compiled()
     try:
         figures = options.work(options)
     except (InputError, FloatingPointError, OSError, parallel.ProcessError) as error:
@@ -114,34 +97,30 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"distill-jax {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, summary: str, work: Callable[[Any], Any]) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=summary, description=summary)
+        command = subparsers.add_parser(name, help=summary, description=summary)
         command.set_defaults(work=work)
         command.add_argument(
             "--json", action="store_true", help="end with one line of JSON on standard output"
         )
         return command
 
-    _add_recipe_options(add("run", "run all stages of a recipe", _run), None)
+    _add_recipe_options(add("run", "run all stages of a recipe", commands.run), None)
     for name in stages.COMMANDS:
-        _add_recipe_options(add(name, _STAGE_HELP[name], _run), name)
-    _add_search_options(add("search", "find the shape to prune to, at a given cost", _search))
-    _add_compile_options(add("compile", "plan a stage on a TPU slice, without one", _compile))
-    generate = add("generate", "let a model continue a text or answer a question", _generate)
-    generate.add_argument("model", help="a checkpoint directory, GGUF file or Hugging Face folder")
-    generate.add_argument("--prompt", required=True, help="the text")
-    generate.add_argument(
-        "--chat", action="store_true", help="the prompt is a question: use the chat template"
-    )
-    generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    generate.add_argument("--top-k", type=int, help="draw from so many tokens only")
-    generate.add_argument("--top-p", type=float, help="and from this share of the probability")
-    generate.add_argument("--min-p", type=float, help="and of this part of the likeliest's")
-    generate.add_argument("--seed", type=int, default=0)
-    inspect = add("inspect", "show what a file or directory of a run holds", _inspect)
+        _add_recipe_options(add(name, _STAGE_HELP[name], commands.run), name)
+    search = add("search", "find the shape to prune to, at a given cost", commands.search)
+    _add_search_options(search)
+    plan = add("compile", "plan a stage on a TPU slice, without one", commands.compile)
+    _add_compile_options(plan)
+    summary = "let a model continue a text or answer a question"
+    _add_generate_options(add("generate", summary, commands.generate))
+    average = add("average", "the mean of several models of one shape", commands.average)
+    average.add_argument("model", nargs="+", help="what a stage left in several runs, or the like")
+    average.add_argument("--weights", type=float, nargs="+", help="one for each (default: equal)")
+    average.add_argument("--out", required=True, help="a new directory, for the mean")
+    inspect = add("inspect", "show what a file or directory of a run holds", commands.inspect)
     inspect.add_argument("artifact", help="a store, a stage's directory, a model, or a plan")
     inspect.add_argument(
         "--corpus", help="of a store: shows a row of it (default: that of the store's own run)"
@@ -149,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--split", default="train")
     inspect.add_argument("--row", type=int, default=0, help="which row of the corpus")
     inspect.add_argument("--tokens", type=int, default=32, help="how many of its tokens")
-    verify = add("verify", "re-hash a store of targets, and recompute some of its rows", _verify)
+    summary = "re-hash a store of targets, and recompute some of its rows"
+    verify = add("verify", summary, commands.verify)
     verify.add_argument("store")
     verify.add_argument("--corpus", help="a corpus directory, to compare rows with")
     verify.add_argument("--split", default="train")
@@ -214,6 +194,20 @@ def _add_search_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_generate_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="a checkpoint directory, GGUF file or Hugging Face folder")
+    command.add_argument("--prompt", required=True, help="the text")
+    command.add_argument(
+        "--chat", action="store_true", help="the prompt is a question: use the chat template"
+    )
+    command.add_argument("--max-new-tokens", type=int, default=64)
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    command.add_argument("--top-k", type=int, help="draw from so many tokens only")
+    command.add_argument("--top-p", type=float, help="and from this share of the probability")
+    command.add_argument("--min-p", type=float, help="and of this part of the likeliest's")
+    command.add_argument("--seed", type=int, default=0)
+
+
 def _add_compile_options(command: argparse.ArgumentParser) -> None:
     _add_recipe(command)
     command.add_argument("--topology", required=True, metavar="CHIP:AxB", help="such as v5e:16x16")
@@ -231,168 +225,6 @@ def _add_compile_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--price", type=float, metavar="USD", help="of a chip and hour")
     command.add_argument("--text", metavar="DIRECTORY", help="leave the compiled programs there")
-
-
-def _run(options: argparse.Namespace) -> dict[str, Any]:
-    parallel.start()
-    with parallel.stoppable(), parallel.together():
-        return _run_recipe(options)
-
-
-def _search(options: argparse.Namespace) -> dict[str, Any]:
-    recipe, directory = _recipe_and_directory(options)
-    by_parameters = options.parameters is not None
-    config = pruning.SearchConfig(
-        budgets=tuple(options.parameters if by_parameters else options.decode_bytes),
-        cost="parameters" if by_parameters else "decode_bytes",
-        tolerance=options.tolerance,
-        steps=options.steps,
-        context=options.context,
-        tied=recipe.prune.target.tied,
-        repair_best=options.repair_best,
-    )
-    found = shapes.search(stages.Run(recipe, directory), config, rows=options.rows)
-    if not options.json:
-        rich.console.Console().print(evaluation.search_table(found))
-    picture = directory / "search" / f"{config.cost}.png"
-    evaluation.plot_search(found, config.cost, picture)
-    print(f"picture: {picture}", file=sys.stderr)
-    front = [candidate.to_json() for candidate in pruning.pareto(found)]
-    return {"directory": str(directory), "front": front, "shapes": len(found)}
-
-
-def _compile(options: argparse.Namespace) -> dict[str, Any]:
-    question = planning.Question(
-        config=options.config,
-        overrides=tuple(options.set),
-        stage=options.stage,
-        teacher=options.teacher,
-        text=options.text,
-    )
-    return planning.compile_stage(
-        question,
-        parallel.Topology.parse(options.topology),
-        epath.Path(options.out or f"runs/{question.recipe.name}"),
-        batches=sorted(set(options.batch)),
-        remats=options.remat,
-        meshes=list(map(planning.parse_mesh, options.mesh)),
-        everything=options.sweep,
-        price=options.price,
-        quiet=options.json,
-    )
-
-
-def _recipe_and_directory(options: argparse.Namespace) -> tuple[Recipe, epath.Path]:
-    recipe = load_recipe(options.config, options.set)
-    preflight.check(recipe)
-    out = options.out or f"runs/{recipe.name}"
-    if "://" in out:
-        raise InputError(f"--out {out}: must be a local or mounted directory")
-    return recipe, epath.Path(out)
-
-
-def _run_recipe(options: argparse.Namespace) -> dict[str, Any]:
-    recipe, directory = _recipe_and_directory(options)
-    typed = ["scripts/run", options.config, *(f"--set={text}" for text in options.set)]
-    typed += ["--out", options.out] if options.out else []
-    profile = training.parse_steps(options.profile) if options.profile else None
-    run = stages.Run(recipe, directory, commands=(shlex.join(typed),), profile=profile)
-    figures = pipeline.run(
-        stages.all_stages(run), directory, command=options.stage, overwrite=options.overwrite
-    )
-    page = directory / "report" / "index.html"
-    if options.stage in (None, "report") and parallel.is_main():
-        print(f"report: {page}", file=sys.stderr)
-    return {"directory": str(directory), "stages": figures}
-
-
-def _generate(options: argparse.Namespace) -> dict[str, Any]:
-    model = models.load(options.model)
-    tokenizer = data.load_tokenizer(options.model)
-    stop_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    if options.chat:
-        messages = [{"role": "user", "content": options.prompt}]
-        prompt = posttraining.encode_prompt(tokenizer, messages)
-        stop_ids.append(posttraining.end_of_turn(tokenizer))
-    else:
-        prompt = tokenizer.encode(options.prompt, bos=tokenizer.adds_bos)
-    piece = tokenizer.stream()
-
-    def show(_: int, tokens: list[int]) -> None:
-        text = "".join(piece(token) for token in tokens if token not in stop_ids)
-        print(text, end="", flush=True)
-
-    (completion,) = models.generate(
-        model,
-        [prompt],
-        max_new_tokens=options.max_new_tokens,
-        sampling=models.Sampling(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-        ),
-        seeds=[options.seed],
-        stop_ids=tuple(sorted(set(stop_ids))),
-        on_tokens=None if options.json else show,
-    )
-    if not options.json:
-        print()
-    text = tokenizer.decode(token for token in completion.tokens if token not in stop_ids)
-    return {"text": text, "tokens": len(completion.tokens), "finished": completion.finished}
-
-
-def _inspect(options: argparse.Namespace) -> dict[str, Any]:
-    place = artifacts.resolve(options.artifact)
-    if place.name.endswith(".json"):
-        plan = pruning.Plan.load(place)
-        if not options.json:
-            console = rich.console.Console()
-            console.print(pruning.draw(plan, width=min(console.width, 120)))
-        return plan.to_json()
-    if (place / "store.json").exists():
-        found = _describe_store(place, options)
-        if not options.json:
-            teachers.show(found)
-        return found
-    found = _describe(place)
-    if not options.json:
-        print(json.dumps(found, indent=2))
-    return found
-
-
-def _describe_store(place: epath.Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Figures of a store, and a row if there is a corpus to read its text from."""
-    found = dict(teachers.describe(place))
-    # A run's stores lie in targets/TEACHER/NAME.
-    beside = place.resolve().parent.parent.parent / context.CORPUS
-    directory = options.corpus or (beside if (beside / "corpus.json").exists() else None)
-    if directory is not None:
-        tokenizer = data.load_tokenizer(directory)
-        corpus = data.open_corpus(directory, options.split, tokenizer=tokenizer)
-        found["row"] = teachers.describe_row(
-            place, corpus, tokenizer, options.row, tokens=options.tokens
-        )
-    return found
-
-
-def _describe(place: epath.Path) -> dict[str, Any]:
-    if (place / pipeline.MANIFEST).exists():
-        return pipeline.read_manifest(place)
-    config = models.load_config(os.fspath(place))
-    sizes = ("parameters", "non_embedding_parameters")
-    return {name: getattr(config, name) for name in sizes} | {"shape": config.to_json()}
-
-
-def _verify(options: argparse.Namespace) -> dict[str, Any]:
-    if options.teacher and not options.corpus:
-        raise InputError("verify: --teacher needs --corpus")
-    corpus = data.open_corpus(options.corpus, options.split) if options.corpus else None
-    model = models.load(options.teacher) if options.teacher else None
-    found = dict(teachers.verify(options.store, corpus=corpus, model=model, sample=options.sample))
-    if not options.json:
-        print(json.dumps(found, indent=2))
-    return found
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A recipe: frozen dataclasses that describe a whole run, stage by stage."""
 
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import inspect
@@ -11,13 +10,12 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import pydantic
-
 from distill_jax import losses
 from distill_jax.artifacts import InputError, resolve
 from distill_jax.data import CorpusConfig
 from distill_jax.evaluation import EvaluationConfig
 from distill_jax.models import LlamaConfig
+from distill_jax.overrides import parse, replace_fields
 from distill_jax.parallel import MeshConfig
 from distill_jax.posttraining import PostTrainingConfig
 from distill_jax.pruning import PruneConfig
@@ -196,6 +194,10 @@ class Recipe:
       controls: what else is trained on as many tokens: "cross_entropy" from the same pruned start
         without teachers, "random_start" with the teachers from random parameters.
       seeds: one distilled student, and one of each control, for each.
+      posttraining_rounds: rounds of post-training before the last, each with data, samples and
+        settings of its own: the first starts from the first seed's student, each later one, and
+        then `posttraining`, from the model that the one before left (Llama 3, 2024, section 4.1,
+        went through six).
       posttraining: what makes the first seed's student answer, from SFT to DPO; None: nothing.
       evaluation: batch sizes of the evaluation.
       prompts: texts that the report lets the models continue.
@@ -214,6 +216,7 @@ class Recipe:
     distill: DistillConfig
     controls: tuple[Control, ...] = ()
     seeds: tuple[int, ...] = (0,)
+    posttraining_rounds: tuple[PostTrainingConfig, ...] = ()
     posttraining: PostTrainingConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     prompts: tuple[str, ...] = ()
@@ -234,18 +237,33 @@ class Recipe:
             made.append(name)
         if self.pruned_teacher not in self.teachers:
             raise InputError(f"pruned_teacher: {self.pruned_teacher!r} is none of {made}")
-        post, length = self.posttraining, self.corpus.sequence_length
-        if post is not None and post.replay and post.sft.sequence_length != length:
-            raise InputError(
-                f"posttraining.replay: rows of the corpus have {length} tokens, "
-                f"posttraining.sft.sequence_length is {post.sft.sequence_length}"
-            )
+        self._check_posttrainings()
         for field, distill in self.trainings.items():
             for name in distill.terms:
                 if name not in self.teachers:
                     raise InputError(f"{field}.terms: {name!r} is none of the teachers {made}")
             for name in distill.teachers(live=False):
                 self.store(name, field)
+
+    def _check_posttrainings(self) -> None:
+        if self.posttraining_rounds and self.posttraining is None:
+            raise InputError("posttraining_rounds: come before posttraining, which is None")
+        length = self.corpus.sequence_length
+        for field, post in self.posttrainings.items():
+            if post.replay and post.sft.sequence_length != length:
+                raise InputError(
+                    f"{field}.replay: rows of the corpus have {length} tokens, "
+                    f"{field}.sft.sequence_length is {post.sft.sequence_length}"
+                )
+        if len({post.rejection.template for post in self.posttrainings.values()}) > 1:
+            raise InputError("posttraining_rounds: have another template than posttraining")
+
+    @property
+    def posttrainings(self) -> dict[str, PostTrainingConfig]:
+        """The rounds of post-training in order, by the field they stand in; the last alone is
+        `posttraining`."""
+        before = {f"posttraining_rounds.{i}": one for i, one in enumerate(self.posttraining_rounds)}
+        return before | ({} if self.posttraining is None else {"posttraining": self.posttraining})
 
     @property
     def trainings(self) -> dict[str, DistillConfig]:
@@ -319,13 +337,13 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             raise InputError(f"--set {text}: write it as name=value")
         if name in parameters:
             hint = typing.get_type_hints(get_config).get(name, str)
-            arguments[name] = _parse(name, value, hint)
+            arguments[name] = parse(name, value, hint)
         else:
             fields.append((name, value))
     recipe = _run_user_code(path, functools.partial(get_config, **arguments))
     if not isinstance(recipe, Recipe):
         raise InputError(f"{path}: get_config returned {type(recipe).__name__}, not a Recipe")
-    return _replace(recipe, _nested(fields), "")
+    return replace_fields(recipe, fields)
 
 
 def _run_user_code(path: str | os.PathLike[str], call: Callable[[], Any]) -> Any:
@@ -336,62 +354,3 @@ def _run_user_code(path: str | os.PathLike[str], call: Callable[[], Any]) -> Any
         raise
     except Exception as error:
         raise InputError(f"{path}: {type(error).__name__}: {error}") from error
-
-
-def _nested(fields: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Texts by dotted name as texts by name, level by level."""
-    tree: dict[str, Any] = {}
-    for name, text in fields:
-        *above, last = name.split(".")
-        node = tree
-        for key in above:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                raise InputError(f"--set {name}: {key!r} is set as a whole, too")
-        if isinstance(node.get(last), dict):
-            raise InputError(f"--set {name}: its fields are set, too")
-        node[last] = text
-    return tree
-
-
-def _replace(node: Any, changes: Mapping[str, Any], prefix: str) -> Any:
-    """`node` with all changes below it made at once, so that they are checked together."""
-    values: dict[str, Any] = {}
-    for key, change in changes.items():
-        name = f"{prefix}{key}"
-        if isinstance(node, Mapping):
-            known, hints = list(node), dict.fromkeys(node, type(node.get(key)))
-        elif dataclasses.is_dataclass(node):
-            known = [field.name for field in dataclasses.fields(node)]
-            hints = typing.get_type_hints(type(node))
-        else:
-            raise InputError(f"--set {name}: there is nothing below {prefix.rstrip('.')!r}")
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or '-'}"
-            raise InputError(f"--set {name}: unknown field {key!r}; {hint}")
-        child = node[key] if isinstance(node, Mapping) else getattr(node, key)
-        if isinstance(change, str):
-            values[key] = _parse(name, change, hints[key])
-        else:
-            values[key] = _replace(child, change, f"{name}.")
-    if isinstance(node, Mapping):
-        return {**node, **values}
-    return dataclasses.replace(node, **values)
-
-
-def _parse(name: str, text: str, hint: Any) -> Any:
-    """`text` as a value of the type `hint`: JSON where it is JSON, else the text itself."""
-    try:
-        adapter = pydantic.TypeAdapter(hint)
-    except pydantic.errors.PydanticSchemaGenerationError:
-        raise InputError(f"--set {name}: cannot be set as a whole; set its fields") from None
-    problems = []
-    for validate in (adapter.validate_json, adapter.validate_python):
-        try:
-            return validate(text, strict=True)
-        except pydantic.ValidationError as error:
-            problems.append(error.errors()[0])
-    # A text that is no JSON at all was meant as it stands.
-    problem = problems[1] if problems[0]["type"] == "json_invalid" else problems[0]
-    raise InputError(f"--set {name}={text}: {problem['msg']}")

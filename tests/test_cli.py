@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import cli, data, models, parallel
+from distill_jax import cli, commands, data, models, parallel
 
 TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny.py")
 
@@ -49,7 +49,7 @@ def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_recipe", interrupted)
+    monkeypatch.setattr(commands, "load_recipe", interrupted)
     assert cli.main(["run", TINY]) == 130
     assert "the same command goes on" in capsys.readouterr().err
 
@@ -97,11 +97,43 @@ def test_generate_prints_the_text_as_it_is_written(capsys, monkeypatch, tmp_path
     assert said["tokens"] == 10
     flushed = []
     monkeypatch.setattr(
-        cli, "print", lambda *text, **_: flushed.append("".join(text)), raising=False
+        commands, "print", lambda *text, **_: flushed.append("".join(text)), raising=False
     )
     assert cli.main([*command, "--temperature", "0.5"]) == 0
     assert "".join(flushed) == said["text"]
     assert len([piece for piece in flushed if piece]) > 2
+
+
+def test_models_of_several_runs_are_averaged(capsys, tmp_path):
+    tokenizer = data.train_tokenizer(["abc abd aab bca cab"] * 4, 275)
+    config = models.LlamaConfig(
+        vocab_size=tokenizer.vocab_size, embed=8, mlp=8, layers=1, heads=2, kv_heads=1, head_dim=4,
+        tied=True,
+    )  # fmt: skip
+    random = np.random.default_rng(0)
+    trees = []
+    for name in "ab":
+        tree = {
+            name: random.normal(size=leaf.shape).astype(np.float32)
+            for name, leaf in enumerate(jax.tree.leaves(models.abstract_params(config)))
+        }
+        structure = jax.tree.structure(models.abstract_params(config))
+        params = jax.tree.unflatten(structure, map(jnp.asarray, tree.values()))
+        models.save(tmp_path / name, models.Model(config, params))
+        tokenizer.save(tmp_path / name)
+        trees.append(tree)
+    command = ["average", str(tmp_path / "a"), str(tmp_path / "b"), "--weights", "1", "3"]
+    assert cli.main([*command, "--out", str(tmp_path / "mean"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"] == 2
+    mean = jax.tree.leaves(models.load(tmp_path / "mean").params)
+    for name, leaf in enumerate(mean):
+        np.testing.assert_allclose(leaf, trees[0][name] / 4 + trees[1][name] * 3 / 4, rtol=1e-5)
+    assert data.load_tokenizer(tmp_path / "mean").fingerprint == tokenizer.fingerprint
+    assert cli.main([*command, "--out", str(tmp_path / "a")]) == 2
+    assert "a: is not empty" in capsys.readouterr().err
+    data.train_tokenizer(["xyz xyx"] * 4, 275).save(tmp_path / "b")
+    assert cli.main([*command, "--out", str(tmp_path / "new")]) == 2
+    assert "b: another tokenizer than" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys):

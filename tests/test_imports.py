@@ -20,11 +20,13 @@ MAY_IMPORT = {
     **dict.fromkeys(("models", "parallel", "data"), BASE),
     **dict.fromkeys(("teachers", "pruning", "training"), LOW),
     **dict.fromkeys(("posttraining", "evaluation"), MIDDLE),
-    "recipe": HIGH,
+    "overrides": BASE,
+    "recipe": HIGH | {"overrides"},
     "pipeline": BASE | {"parallel"},
     "stages": HIGH | {"recipe", "pipeline"},
     "planning": HIGH | {"recipe", "stages"},
-    "cli": HIGH | {"recipe", "pipeline", "stages", "planning"},
+    "commands": HIGH | {"recipe", "pipeline", "stages", "planning"},
+    "cli": HIGH | {"commands", "stages", "planning"},
 }
 
 

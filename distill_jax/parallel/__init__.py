@@ -1,6 +1,7 @@
 """The device mesh, which axis is split over it, and the processes that share it."""
 
 from distill_jax.parallel.ahead_of_time import OutOfMemory, compile_lowered
+from distill_jax.parallel.compiled import keep_compiled
 from distill_jax.parallel.local import LocalProcesses, start_local
 from distill_jax.parallel.mesh import (
     RULES,
@@ -64,6 +65,7 @@ __all__ = [
     "gather",
     "index",
     "is_main",
+    "keep_compiled",
     "looping",
     "make_mesh",
     "map_rows",

@@ -99,6 +99,8 @@ def _distill(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
 
 def _sft(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
     recipe_config = _posttraining(recipe)
+    if recipe_config.sft_train is None:
+        raise InputError("posttraining.sft_train: the recipe has none")
     train = _chosen(recipe_config.sft_train, choice, mesh, "posttraining.sft_train")
     config = dataclasses.replace(recipe_config, sft_train=train)
     shape, notes = student_shape(recipe)

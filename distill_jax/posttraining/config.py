@@ -20,8 +20,10 @@ class PostTrainingConfig:
       task: the verifiable task, a key of `posttraining.TASKS`, whose held-out problems every model
         is measured with; None: there is none, and all data come from files.
       problems: at most so many training problems are used; None for all.
+      averaged: every training but the on-policy one is made so many times, each with a seed of its
+        own, and leaves the mean of what came of them (Llama 3, 2024, section 4.1.5).
       sft: rows and loss of supervised fine-tuning.
-      sft_train: how it goes.
+      sft_train: how it goes; None leaves it out, as in a round that starts from samples.
       replay: the share of fine-tuning's rows that are plain text of the corpus, in [0, 1): without
         any, a small model forgets the text while it learns to answer (Ibrahim et al., 2024). Every
         token of the text is learnt, and only answers of the others: of the loss it is far more.
@@ -39,8 +41,9 @@ class PostTrainingConfig:
 
     task: str | None = None
     problems: int | None = None
+    averaged: int = 1
     sft: SftConfig = SftConfig()
-    sft_train: TrainConfig
+    sft_train: TrainConfig | None = None
     replay: float = 0.0
     on_policy: OnPolicyConfig = OnPolicyConfig()
     on_policy_train: TrainConfig | None = None
@@ -63,8 +66,12 @@ class PostTrainingConfig:
         ):
             if not data:
                 raise InputError(f"posttraining.{field}: no source")
+        if not self.trainings:
+            raise InputError("posttraining: no stage is trained; set sft_train, or another")
+        if self.averaged < 1:
+            raise InputError(f"posttraining.averaged is {self.averaged}; it must be positive")
         samples = self.rejection_train is not None
-        if self.task is None and self.sft.uses_task:
+        if self.task is None and self.sft_train is not None and self.sft.uses_task:
             raise InputError("posttraining.sft.data: needs the problems of posttraining.task")
         if self.task is None and samples and self.rejection.asks_task:
             raise InputError("posttraining.rejection.prompts: need those of posttraining.task")
@@ -101,6 +108,13 @@ class PostTrainingConfig:
                 f"posttraining.on_policy.sequence_length: {config.sequence_length} is less than "
                 f"sft.sequence_length {self.sft.sequence_length}, whose conversations are learnt"
             )
+
+    @property
+    def trainings(self) -> dict[str, TrainConfig]:
+        """Those that there are, in order, by the field they stand in."""
+        fields = ("sft", "on_policy", "reward", "rejection", "dpo")
+        trains = {f"{field}_train": getattr(self, f"{field}_train") for field in fields}
+        return {field: train for field, train in trains.items() if train is not None}
 
     @property
     def longest_answer(self) -> int:

@@ -11,6 +11,7 @@ COMMANDS = (
     context.ROUNDS,
     context.PRUNE,
     "distill",
+    context.POSTTRAINING_ROUNDS,
     context.SFT,
     context.ON_POLICY,
     context.REWARD,

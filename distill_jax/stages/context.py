@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,11 +12,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from distill_jax import data, models, parallel, posttraining, training
-from distill_jax.recipe import Recipe
+from distill_jax.recipe import PostTrainingConfig, Recipe
 
 CORPUS, ROUNDS, PRUNE = "corpus", "rounds", "prune"
 SFT, ON_POLICY, REWARD = "sft", "on-policy", "reward-model"
 REJECTION, DPO = "rejection-sample", "dpo"
+POSTTRAINING_ROUNDS = "posttraining-rounds"
 EVALUATE, EXPORT, REPORT = "evaluate", "export", "report"
 """Names of the stages, and of their directories."""
 
@@ -82,6 +85,10 @@ class Run:
             self.tokenizer.save(place)
         models.save(place, model)
 
+    def stage(self, place: epath.Path) -> str:
+        """The stage whose directory it is."""
+        return str(place.relative_to(self.directory))
+
     def train(
         self,
         place: epath.Path,
@@ -114,6 +121,30 @@ class Run:
 
         return self.leave(place, trained)
 
+    def train_averaged(
+        self,
+        place: epath.Path,
+        model: models.Model,
+        loss_fn: training.LossFn,
+        rows: data.RowSource,
+        config: training.TrainConfig,
+        *,
+        runs: int,
+        split_time: bool,
+    ) -> dict[str, Any]:
+        """As `train`; more runs than one stand below `place`, each with the next seed, and it has
+        the mean of their models, and figures of their work in all."""
+        if runs == 1:
+            return self.train(place, model, loss_fn, rows, config, split_time=split_time)
+        found = {}
+        for number in range(runs):
+            one = dataclasses.replace(config, seed=config.seed + number)
+            way = place / f"run-{number}"
+            found[way] = self.train(way, model, loss_fn, rows, one, split_time=split_time)
+        mean = models.average([*map(os.fspath, found)], shardings=self.shardings(model.config))
+        self.save(place, mean)
+        return _summed([*found.values()])
+
     def loop(
         self,
         place: epath.Path,
@@ -124,14 +155,13 @@ class Run:
         **options: Any,
     ) -> models.Model:
         """`training.train` in a stage's directory, with the options that it has besides."""
-        name = str(place.relative_to(self.directory))
         return training.train(
             model,
             loss_fn,
             batches,
             config,
             place,
-            name=name,
+            name=self.stage(place),
             mesh=self.mesh,
             profile=self.profile,
             **options,
@@ -142,7 +172,7 @@ class Run:
 
         A model that stands there whole was trained by an earlier call, killed while it cleaned up.
         """
-        name = str(place.relative_to(self.directory))
+        name = self.stage(place)
         if not parallel.on_main(lambda: models.is_saved(place), what=name):
             self.save(place, trained())
 
@@ -170,11 +200,12 @@ def stored_teachers(recipe: Recipe) -> list[str]:
 
     One that only reads answers of post-training is live.
     """
-    trainings, post = recipe.trainings.values(), recipe.posttraining
+    trainings = recipe.trainings.values()
     live = {name for distill in trainings for name in distill.teachers(live=True)}
     read = {name for distill in trainings for name in distill.teachers(live=False)}
-    if post is not None and post.on_policy_train is not None:
-        live.add(post.on_policy.teacher or "")
+    for post in recipe.posttrainings.values():
+        if post.on_policy_train is not None:
+            live.add(post.on_policy.teacher or "")
     known = recipe.teachers if recipe.targets.schemes else ()
     return [name for name in known if name in read or name not in live]
 
@@ -212,26 +243,39 @@ def model_stages(recipe: Recipe) -> list[str]:
         PRUNE,
         *(control(kind, seed) for kind in recipe.controls for seed in recipe.seeds),
         *map(student, recipe.seeds),
-        *(stage for stage in posttraining_stages(recipe) if stage != REWARD),
+        *(stage for stage in posttraining_stages(recipe) if kind(stage) != REWARD),
     ]
 
 
-def posttraining_stages(recipe: Recipe) -> list[str]:
-    """The stages of post-training that the recipe has, in order; REWARD leaves a model that judges.
+def kind(stage: str) -> str:
+    """SFT, DPO and the like, of a stage of any round of post-training."""
+    return stage.rpartition("/")[2]
 
-    Each starts from the model before it that answers.
+
+def posttraining_stages(recipe: Recipe) -> dict[str, PostTrainingConfig]:
+    """The stages of all rounds of post-training, in order, with what the recipe says of each's.
+
+    Each starts from the model before it that answers; REWARD leaves one that judges. Those of the
+    last round bear their plain names.
     """
-    config = recipe.posttraining
-    if config is None:
-        return []
-    trained = {
-        SFT: config.sft_train,
-        ON_POLICY: config.on_policy_train,
-        REWARD: config.reward_train,
-        REJECTION: config.rejection_train,
-        DPO: config.dpo_train,
+    kinds = {
+        "sft_train": SFT,
+        "on_policy_train": ON_POLICY,
+        "reward_train": REWARD,
+        "rejection_train": REJECTION,
+        "dpo_train": DPO,
     }
-    return [stage for stage, train in trained.items() if train is not None]
+    before = [f"{POSTTRAINING_ROUNDS}/{n}/" for n in range(len(recipe.posttraining_rounds))]
+    rounds = zip([*before, ""], recipe.posttrainings.values())
+    return {prefix + kinds[field]: one for prefix, one in rounds for field in one.trainings}
+
+
+def _summed(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures of several trainings: their work added up, the mean of all other numbers."""
+    numbers = [name for name, value in found[0].items() if isinstance(value, int | float)]
+    means = {name: math.fsum(one[name] for one in found) / len(found) for name in numbers}
+    work = {name: sum(one[name] for one in found) for name in ("steps", "tokens")}
+    return means | work | {"averaged": len(found)}
 
 
 def _figures(metrics: list[dict[str, float]]) -> dict[str, Any]:

@@ -20,17 +20,26 @@ from distill_jax.stages.context import CORPUS, DPO, ON_POLICY, REJECTION, REWARD
 
 def stages(run: Run) -> list[Stage]:
     """The stages that the recipe has, each of which starts from the one before."""
-    config = run.recipe.posttraining
-    if config is None:
-        return []
+    made: list[Stage] = []
+    start = context.student(run.recipe.seeds[0])
+    for name, config in context.posttraining_stages(run.recipe).items():
+        made.append(_stage(run, config, name, start))
+        if context.kind(name) != REWARD:
+            start = name
+    return made
+
+
+def _stage(run: Run, config: PostTrainingConfig, name: str, start: str) -> Stage:
+    """One stage of a round, which starts from another."""
+    kind = context.kind(name)
+    prefix = name.removesuffix(kind)
     described = to_json(config)
-    task = {name: described[name] for name in ("task", "problems")}
     parts: dict[str, tuple[str, ...]] = {
-        SFT: ("sft", "sft_train", "replay"),
+        SFT: ("averaged", "sft", "sft_train", "replay"),
         ON_POLICY: ("sft", "on_policy", "on_policy_train"),
-        REWARD: ("reward_model", "reward_train"),
-        REJECTION: ("sft", "replay", "rejection", "rejection_train"),
-        DPO: ("rejection", "dpo", "dpo_train"),
+        REWARD: ("averaged", "reward_model", "reward_train"),
+        REJECTION: ("averaged", "sft", "replay", "rejection", "rejection_train"),
+        DPO: ("averaged", "rejection", "dpo", "dpo_train"),
     }
     files = {
         SFT: config.sft.files,
@@ -47,7 +56,7 @@ def stages(run: Run) -> list[Stage]:
     if config.rejection.teacher is not None:
         judges[REJECTION] = (context.teacher(config.rejection.teacher),)
     if config.rejection.reward == posttraining.REWARD_MODEL:
-        judges[REJECTION] = (REWARD,)
+        judges[REJECTION] = (prefix + REWARD,)
     works = {
         SFT: _sft,
         ON_POLICY: _on_policy,
@@ -55,21 +64,14 @@ def stages(run: Run) -> list[Stage]:
         REJECTION: _rejection,
         DPO: _dpo,
     }
-    made, start = [], context.student(run.recipe.seeds[0])
-    for name in context.posttraining_stages(run.recipe):
-        made.append(
-            Stage(
-                name=name,
-                command=name,
-                recipe=task | {part: described[part] for part in parts[name]},
-                inputs=(CORPUS, start, *judges.get(name, ())),
-                external={file: fingerprint_path(file) for file in files.get(name, ())},
-                work=functools.partial(works[name], run, config, start),
-            )
-        )
-        if name != REWARD:
-            start = name
-    return made
+    return Stage(
+        name=name,
+        command=context.POSTTRAINING_ROUNDS if prefix else kind,
+        recipe={part: described[part] for part in ("task", "problems", *parts[kind])},
+        inputs=(CORPUS, start, *judges.get(kind, ())),
+        external={file: fingerprint_path(file) for file in files[kind]},
+        work=functools.partial(works[kind], run, config, start),
+    )
 
 
 # Names the samples of a recipe that has no task of its own.
@@ -103,6 +105,7 @@ def _train(
     rows: Sequence[Any],
     config: training.TrainConfig,
     *,
+    averaged: int,
     split_time: bool = True,
 ) -> dict[str, Any]:
     """Trains on a few rows: a set smaller than a batch is repeated whole until it fills one.
@@ -113,7 +116,9 @@ def _train(
     _check_alike(place, (row["tokens"].tobytes() for row in rows))
     repeats = -(-config.batch_rows // len(rows))
     rows = [*rows] * repeats
-    figures = run.train(place, model, loss_fn, rows, config, split_time=split_time)
+    figures = run.train_averaged(
+        place, model, loss_fn, rows, config, runs=averaged, split_time=split_time
+    )
     if parallel.is_main():
         run.chat_tokenizer().save(place)
     return {"rows": len(rows) // repeats, **figures}
@@ -178,7 +183,9 @@ def _sft(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) ->
     conversations, figures = _conversations(run, config, place)
     rows = _fine_tuning_rows(run, config, conversations)
     loss_fn = sft_loss(config, model.config, run.mesh)
-    return figures | _train(run, place, model, loss_fn, rows, config.sft_train)
+    return figures | _train(
+        run, place, model, loss_fn, rows, _given(config.sft_train), averaged=config.averaged
+    )
 
 
 def _on_policy(
@@ -256,10 +263,12 @@ def _reward_model(
         compute_dtype=train.compute_dtype,
         mesh=run.mesh,
     )
-    figures |= _train(run, place, model, loss_fn, rows, train, split_time=False)
+    figures |= _train(
+        run, place, model, loss_fn, rows, train, averaged=config.averaged, split_time=False
+    )
     if held_out:
         rows = posttraining.pair_rows(held_out, config.reward_model, pad_id=pad_id)
-        accuracy = posttraining.preference_accuracy(run.load(place.name), token, rows)
+        accuracy = posttraining.preference_accuracy(run.load(run.stage(place)), token, rows)
         figures |= {"held_out_pairs": len(rows), "held_out_accuracy": accuracy}
     return figures
 
@@ -269,7 +278,7 @@ def _rejection(
 ) -> dict[str, Any]:
     model = run.load(start)
     problems, used = _problems(run, config, config.rejection, config.longest_answer, place)
-    judge = _judge(run, config)
+    judge = _judge(run, config, place)
     task = _FILES if config.task is None else _task(config)
     figures: dict[str, Any] = used | posttraining.write_samples(
         place / "samples", model, run.tokenizer, task, problems, config.rejection, judge
@@ -284,11 +293,11 @@ def _rejection(
     rows = _fine_tuning_rows(run, config, examples)
     train = _given(config.rejection_train)
     loss_fn = _sft_loss(config, model.config, run.mesh, train)
-    return figures | _train(run, place, model, loss_fn, rows, train)
+    return figures | _train(run, place, model, loss_fn, rows, train, averaged=config.averaged)
 
 
-def _judge(run: Run, config: PostTrainingConfig) -> posttraining.Judge:
-    """What scores the answers."""
+def _judge(run: Run, config: PostTrainingConfig, place: epath.Path) -> posttraining.Judge:
+    """What scores the answers that the stage in `place` draws."""
     rejection = config.rejection
     if rejection.teacher is not None:
         teacher = run.load(context.teacher(rejection.teacher))
@@ -297,7 +306,9 @@ def _judge(run: Run, config: PostTrainingConfig) -> posttraining.Judge:
         )
     if rejection.reward == posttraining.REWARD_MODEL:
         return posttraining.by_reward(
-            posttraining.reward_of(run.load(REWARD), run.tokenizer, rejection.template)
+            posttraining.reward_of(
+                run.load(run.stage(place.parent / REWARD)), run.tokenizer, rejection.template
+            )
         )
     if rejection.function is not None:
         return posttraining.by_reward(_on_main(posttraining.load_function(rejection.function)))
@@ -319,21 +330,25 @@ def _dpo(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) ->
     pairs = list(posttraining.read_pairs(run.tokenizer, config.dpo, template, rejects))
     figures = _used(place, rejects, len(pairs)) if config.dpo.files else {}
     if config.dpo.uses_samples:
-        pairs += _sampled_pairs(run, template)
+        pairs += _sampled_pairs(run, place.parent / REJECTION, template)
     rows = posttraining.pair_rows(pairs, config.dpo, pad_id=run.tokenizer.pad_id)
     rows = posttraining.with_reference(model, rows, config.dpo)
     loss_fn = dpo_loss(config, model.config, run.mesh)
     train = _given(config.dpo_train)
-    figures |= _train(run, place, model, loss_fn, rows, train, split_time=False)
+    figures |= _train(
+        run, place, model, loss_fn, rows, train, averaged=config.averaged, split_time=False
+    )
     return figures | {"kl_to_reference": _kl_to(model, run, place, rows)}
 
 
-def _sampled_pairs(run: Run, template: str | None) -> list[posttraining.Pair]:
-    records = posttraining.read_samples(run.directory / REJECTION / "samples")
+def _sampled_pairs(
+    run: Run, rejection: epath.Path, template: str | None
+) -> list[posttraining.Pair]:
+    records = posttraining.read_samples(rejection / "samples")
     pairs = posttraining.sampled_pairs(run.tokenizer, records, template)
     if not pairs:
         raise InputError(
-            f"{run.directory / REJECTION}: no problem has both a right and a wrong answer; draw "
+            f"{rejection}: no problem has both a right and a wrong answer; draw "
             "more samples, or raise posttraining.rejection.temperature"
         )
     return pairs
@@ -355,7 +370,7 @@ def _kl_to(
         for half in (0, 1)
     ]
     found = evaluation.evaluate(
-        {"policy": run.load(place.name), "reference": reference},
+        {"policy": run.load(run.stage(place)), "reference": reference},
         ["policy"],
         {"pairs": halves},
         dataclasses.replace(run.recipe.evaluation, speed=None),
@@ -371,7 +386,7 @@ def _given(train: training.TrainConfig | None) -> training.TrainConfig:
 
 def sft_loss(config: PostTrainingConfig, shape: models.LlamaConfig, mesh: Mesh) -> training.LossFn:
     """The loss of the stage sft, for a model of this shape on a mesh."""
-    return _sft_loss(config, shape, mesh, config.sft_train)
+    return _sft_loss(config, shape, mesh, _given(config.sft_train))
 
 
 def _sft_loss(

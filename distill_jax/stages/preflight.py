@@ -56,8 +56,13 @@ def check(recipe: Recipe) -> None:
     _check_rows(recipe)
     if not all(recipe.prompts):
         raise InputError("prompts: one is empty; there is nothing to continue")
-    if recipe.posttraining is not None:
-        _check_posttraining(recipe.posttraining, shapes, tokenizer, small)
+    for field, post in recipe.posttrainings.items():
+        try:
+            _check_posttraining(post, shapes, tokenizer, small)
+        except InputError as error:
+            if field == "posttraining":
+                raise
+            raise InputError(f"{field}: {error}") from error
 
 
 def _check_posttraining(
@@ -169,15 +174,14 @@ def _check_rows(recipe: Recipe) -> None:
                 f"corpus.train_rows is {available}"
             )
     lengths = {"corpus.sequence_length": recipe.corpus.sequence_length}
-    of_pairs = {}
-    if (post := recipe.posttraining) is not None:
-        lengths["posttraining.sft.sequence_length"] = post.sft.sequence_length
+    of_pairs: dict[str, Any] = {}
+    for field, post in recipe.posttrainings.items():
+        lengths[f"{field}.sft.sequence_length"] = post.sft.sequence_length
         if post.on_policy_train is not None:
-            lengths["posttraining.on_policy.sequence_length"] = post.on_policy.sequence_length
-        for name in ("sft_train", "on_policy_train", "rejection_train"):
-            runs[f"posttraining.{name}"] = getattr(post, name)
-        for name in ("reward_train", "dpo_train"):
-            of_pairs[f"posttraining.{name}"] = getattr(post, name)
+            lengths[f"{field}.on_policy.sequence_length"] = post.on_policy.sequence_length
+        for name, train in post.trainings.items():
+            kind = of_pairs if name in ("reward_train", "dpo_train") else runs
+            kind[f"{field}.{name}"] = train
     _check_lengths(lengths, parallel.time_shards(mesh))
     rows = {"evaluation.batch_rows": recipe.evaluation.batch_rows}
     if stored_teachers(recipe):
@@ -189,11 +193,7 @@ def _check_rows(recipe: Recipe) -> None:
 
 
 def _at_a_time(runs: dict[str, Any]) -> dict[str, int]:
-    return {
-        f"{name}.batch_rows": run.batch_rows // run.accumulation
-        for name, run in runs.items()
-        if run is not None
-    }
+    return {f"{name}.batch_rows": run.batch_rows // run.accumulation for name, run in runs.items()}
 
 
 def _check_divide(rows: dict[str, int], shards: int) -> None:

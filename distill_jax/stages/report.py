@@ -19,6 +19,7 @@ from distill_jax.stages.context import (
     PRUNE,
     REJECTION,
     REPORT,
+    REWARD,
     SFT,
     Run,
 )
@@ -127,11 +128,22 @@ def _rows(recipe: Recipe, figures: Mapping[str, Any]) -> list[evaluation.Row]:
         rows.append(evaluation.Row(name=name, kind="control", runs=runs, note=note))
     runs = [one(context.student(seed)) for seed in recipe.seeds]
     rows.append(evaluation.Row(name=_STUDENT, kind="distilled", runs=runs))
-    for stage, (name, note) in _POSTTRAINING.items():
-        if stage in figures:
-            row = evaluation.Row(name=name, kind="post-trained", runs=[one(stage)], note=note)
-            rows.append(row)
+    for stage, (name, note) in _posttrained(recipe).items():
+        rows.append(evaluation.Row(name=name, kind="post-trained", runs=[one(stage)], note=note))
     return rows
+
+
+def _posttrained(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """The models of post-training: the stage, what the page calls it, and a note."""
+    found = {}
+    for stage in context.posttraining_stages(recipe):
+        if (kind := context.kind(stage)) != REWARD:
+            name, note = _POSTTRAINING[kind]
+            if rounds := len(recipe.posttraining_rounds):
+                number = rounds if stage == kind else int(stage.split("/")[1])
+                name += f", round {number + 1}"
+            found[stage] = name, note
+    return found
 
 
 def _teacher_name(stage: str) -> str:
