@@ -54,7 +54,11 @@ BRIEF = {kill for kill in KILLS if kill[1] in ("plan.json", "model.json")}
 
 
 # What a laptop has.
-ONE_DEVICE = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+ONE_DEVICE = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "1",
+    "PYTHONPATH": str(pathlib.Path(__file__).parent / "without_torch"),
+}
 
 
 def start(out):

@@ -32,6 +32,14 @@ def get_config():
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_torch():
+    """What the processes of a pod have."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent / "without_torch"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     place = tmp_path_factory.mktemp("config") / "one_teacher.py"

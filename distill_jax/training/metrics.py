@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import tensorboardX
 from etils import epath
 
 from distill_jax import artifacts
@@ -25,6 +24,8 @@ class MetricsWriter:
         self._active = jax.process_index() == 0
         if not self._active:
             return
+        import tensorboardX  # late: it imports PyTorch where that is installed, for seconds
+
         place = epath.Path(directory)
         path = place / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= first_step]

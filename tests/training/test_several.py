@@ -25,7 +25,8 @@ HERE = pathlib.Path(__file__).parent
 def running(directory, role):
     """Two processes of two devices each, in that role."""
     environment = pytest.MonkeyPatch()
-    environment.setenv("PYTHONPATH", f"{HERE.parents[1]}{os.pathsep}{HERE.parent}")
+    paths = (HERE.parents[1], HERE.parent, HERE.parent / "without_torch")
+    environment.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
     environment.setenv("DISTILL_JAX_WAIT_S", "20")
     command = [sys.executable, "-m", "training.several", str(directory), role]
     with parallel.start_local(command, 2, devices=2) as processes:
