@@ -15,7 +15,7 @@ def keep_compiled() -> None:
     JAX tells programs apart by their text, devices, options and version; whoever may write there
     can run code as this user.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     place = pathlib.Path(cache, "distill_jax", "compiled")

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
@@ -21,7 +20,7 @@ from distill_jax.models.llama import Remat
 from distill_jax.posttraining.log_probs import sequence_log_probs
 from distill_jax.posttraining.pairs import PairConfig, both_answers
 from distill_jax.posttraining.rows import Record, filled_batches
-from distill_jax.training import LossFn, loss_of_rows
+from distill_jax.training import LossFn, loss_of_rows, values_of_rows
 
 PreferenceLoss = Literal["dpo", "robust_dpo", "ipo"]
 """A function of `distill_jax.losses`."""
@@ -77,6 +76,8 @@ def with_reference(
     config: DpoConfig = DpoConfig(),
     *,
     pairs_per_batch: int = 8,
+    compute_dtype: str = "float32",
+    mesh: Mesh | None = None,
 ) -> list[Record]:
     """The rows with "reference_log_probs", float32 [2]: what `model` gives to both answers.
 
@@ -84,12 +85,19 @@ def with_reference(
       model: the model from which the optimisation starts.
       rows: from `pair_rows`.
       config: the chunk of the log-probabilities.
-      pairs_per_batch: pairs in one forward pass.
+      pairs_per_batch: pairs in one forward pass, on each device of a mesh.
+      compute_dtype: type of the computation; that of the training, so that both round alike.
+      mesh: where the model lies: every device reads pairs of its own. None leaves that to the
+        compiler.
     """
-    log_probs = jax.jit(lambda params, batch: _pair_log_probs(model.config, params, batch, config))
+
+    def of_pairs(params: Any, batch: Mapping[str, Any], reading: Reading) -> Array:
+        return _pair_log_probs(model.config, params, batch, config, reading=reading)
+
+    log_probs = values_of_rows(model.config, of_pairs, compute_dtype=compute_dtype, mesh=mesh)
     result: list[Record] = []
     with progress.bar("reference log-probabilities", len(rows), unit="pairs") as bar:
-        for part, batch in filled_batches(rows, pairs_per_batch):
+        for part, batch in filled_batches(rows, pairs_per_batch, mesh):
             values = parallel.to_host(log_probs(model.params, batch))
             result += [
                 {**row, "reference_log_probs": value}

@@ -24,7 +24,7 @@ from distill_jax.posttraining.chat import end_of_turn
 from distill_jax.posttraining.pairs import Pair, PairConfig, both_answers
 from distill_jax.posttraining.rewards import Reward, by_model
 from distill_jax.posttraining.rows import Record, filled_batches
-from distill_jax.training import LossFn, loss_of_rows
+from distill_jax.training import LossFn, loss_of_rows, values_of_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,28 +123,44 @@ def reward_loss(
 
 
 def reward_of(
-    model: Model, tokenizer: Tokenizer, template: str | None = None, *, rows_per_batch: int = 8
+    model: Model, tokenizer: Tokenizer, template: str | None = None, **options: Any
 ) -> Reward:
-    """What a reward model gives to answers. They are tokenised anew."""
+    """What a reward model gives to answers. They are tokenised anew. `options`: see `by_model`."""
     token = reward_token(tokenizer, template)
 
-    def of_rows(params: Any, row: Mapping[str, Array]) -> Array:
-        return scores(model.config, params, row, token)
+    def of_rows(params: Any, row: Mapping[str, Array], reading: Reading) -> Array:
+        return scores(model.config, params, row, token, reading=reading)
 
-    return by_model(model, of_rows, tokenizer, template, rows_per_batch=rows_per_batch)
+    return by_model(model, of_rows, tokenizer, template, **options)
 
 
 def preference_accuracy(
-    model: Model, token: int, pairs: Sequence[Record], *, pairs_per_batch: int = 8
+    model: Model,
+    token: int,
+    pairs: Sequence[Record],
+    *,
+    pairs_per_batch: int = 8,
+    compute_dtype: str = "float32",
+    mesh: Mesh | None = None,
 ) -> float:
-    """The share of pairs, rows of `pair_rows`, whose chosen answer has the higher score."""
+    """The share of pairs, rows of `pair_rows`, whose chosen answer has the higher score.
 
-    @jax.jit
-    def right(params: Any, batch: Mapping[str, Array]) -> Array:
-        scores_B2 = scores(model.config, params, both_answers(batch), token).reshape(-1, 2)
+    Args:
+      model: the reward model.
+      token: see `reward_token`.
+      pairs: what it is asked about.
+      pairs_per_batch: pairs in one forward pass, on each device of a mesh.
+      compute_dtype: type of the computation.
+      mesh: where the model lies: every device reads pairs of its own.
+    """
+
+    def right(params: Any, batch: Mapping[str, Array], reading: Reading) -> Array:
+        rows = both_answers(batch)
+        scores_B2 = scores(model.config, params, rows, token, reading=reading).reshape(-1, 2)
         return scores_B2[:, 0] > scores_B2[:, 1]
 
+    jitted = values_of_rows(model.config, right, compute_dtype=compute_dtype, mesh=mesh)
     count = 0
-    for part, batch in filled_batches(pairs, pairs_per_batch):
-        count += int(parallel.to_host(right(model.params, batch))[: len(part)].sum())
+    for part, batch in filled_batches(pairs, pairs_per_batch, mesh):
+        count += int(parallel.to_host(jitted(model.params, batch))[: len(part)].sum())
     return count / len(pairs)

@@ -8,14 +8,14 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from distill_jax import parallel
 from distill_jax.artifacts import InputError, resolve
 from distill_jax.data import Tokenizer
-from distill_jax.models import Model
+from distill_jax.models import Model, Reading
 from distill_jax.posttraining.chat import (
     Example,
     Message,
@@ -26,6 +26,7 @@ from distill_jax.posttraining.chat import (
 from distill_jax.posttraining.log_probs import sequence_log_probs
 from distill_jax.posttraining.rows import filled_batches, to_record
 from distill_jax.posttraining.tasks import Problem, Scorer, score_number, score_text, to_messages
+from distill_jax.training import values_of_rows
 
 Reward = Callable[[Sequence[Sequence[Message]], Sequence[str], Sequence[str]], Sequence[float]]
 """(prompts, completions, references) -> scores, higher is better; one of each an answer.
@@ -90,33 +91,44 @@ def load_function(name: str) -> Reward:
 
 
 def log_likelihood(
-    model: Model, tokenizer: Tokenizer, template: str | None = None, *, rows_per_batch: int = 8
+    model: Model, tokenizer: Tokenizer, template: str | None = None, **options: Any
 ) -> Reward:
     """How likely a model, a teacher, finds an answer: the mean of log p over its tokens.
 
-    The end of the turn is one of them. Answers are tokenised anew.
+    The end of the turn is one of them. Answers are tokenised anew. `options` are `by_model`'s.
     """
 
-    def of_rows(params: Any, row: Mapping[str, Array]) -> Array:
-        return sequence_log_probs(model.config, params, row) / jnp.sum(row["where"], axis=-1)
+    def of_rows(params: Any, row: Mapping[str, Array], reading: Reading) -> Array:
+        log_probs_B = sequence_log_probs(model.config, params, row, reading=reading)
+        return log_probs_B / jnp.sum(row["where"], axis=-1)
 
-    return by_model(model, of_rows, tokenizer, template, rows_per_batch=rows_per_batch)
+    return by_model(model, of_rows, tokenizer, template, **options)
 
 
 def by_model(
     model: Model,
-    of_rows: Callable[[Any, Mapping[str, Array]], Array],
+    of_rows: Callable[[Any, Mapping[str, Array], Reading], Array],
     tokenizer: Tokenizer,
     template: str | None,
     *,
-    rows_per_batch: int,
+    rows_per_batch: int = 8,
+    compute_dtype: str = "float32",
+    mesh: Mesh | None = None,
 ) -> Reward:
-    """A reward from a function of a model's parameters and of rows, one answer each: [B, T] -> [B].
+    """A reward from what a model gives to rows of one answer each.
 
-    "where" of a row is on the answer and the token that ends it.
+    Args:
+      model: what judges.
+      of_rows: (params, row, reading) -> [B] of a row [B, T], whose "where" is on the answer and
+        the token that ends it.
+      tokenizer: its tokenizer.
+      template: of the conversations.
+      rows_per_batch: answers in one forward pass, on each device of a mesh.
+      compute_dtype: type of the computation.
+      mesh: where the model lies: every device judges answers of its own.
     """
     end = end_of_turn(tokenizer, template)
-    jitted = jax.jit(of_rows)
+    jitted = values_of_rows(model.config, of_rows, compute_dtype=compute_dtype, mesh=mesh)
 
     def reward(
         prompts: Sequence[Sequence[Message]], completions: Sequence[str], references: Sequence[str]
@@ -134,7 +146,7 @@ def by_model(
         length = 1 << max(len(example.tokens) - 1 for example in examples).bit_length()
         found: list[float] = []
         rows = [to_record([example], length) for example in examples]
-        for part, batch in filled_batches(rows, rows_per_batch):
+        for part, batch in filled_batches(rows, rows_per_batch, mesh):
             found += parallel.to_host(jitted(model.params, batch))[: len(part)].tolist()
         return found
 

@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from distill_jax import parallel
 from distill_jax.artifacts import InputError
 from distill_jax.data import RowSource, next_token_labels
 from distill_jax.posttraining.chat import Example
@@ -51,15 +55,24 @@ def pack(examples: Sequence[Example], sequence_length: int, *, pad_id: int = 0) 
     return [to_record(row, sequence_length, pad_id=pad_id) for row in rows]
 
 
-def filled_batches(rows: Sequence[Record], size: int) -> Iterator[tuple[Sequence[Record], Record]]:
-    """Up to `size` rows at a time, and the arrays of `ROW` [size, ...] of a batch of them.
+def filled_batches(
+    rows: Sequence[Record], size: int, mesh: Mesh | None = None
+) -> Iterator[tuple[Sequence[Record], dict[str, Any]]]:
+    """Some rows at a time, and the arrays of `ROW` [R, ...] of a batch of them.
 
     The last batch is filled up with copies, so that all have one shape and compile once.
+
+    Args:
+      rows: all rows.
+      size: how many a batch has, R, or each device of a mesh of it.
+      mesh: over which the batches are spread; None leaves them on the host.
     """
+    size *= 1 if mesh is None else parallel.row_shards(mesh)
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         filled = [*part, *[part[-1]] * (size - len(part))]
-        yield part, {name: np.stack([row[name] for row in filled]) for name in ROW}
+        batch = {name: np.stack([row[name] for row in filled]) for name in ROW}
+        yield part, batch if mesh is None else jax.device_put(batch, parallel.batch_sharding(mesh))
 
 
 def check_example(example: Example, sequence_length: int) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -268,7 +268,10 @@ def _reward_model(
     )
     if held_out:
         rows = posttraining.pair_rows(held_out, config.reward_model, pad_id=pad_id)
-        accuracy = posttraining.preference_accuracy(run.load(run.stage(place)), token, rows)
+        judge, dtype = run.load(run.stage(place)), train.compute_dtype
+        accuracy = posttraining.preference_accuracy(
+            judge, token, rows, compute_dtype=dtype, mesh=run.mesh
+        )
         figures |= {"held_out_pairs": len(rows), "held_out_accuracy": accuracy}
     return figures
 
@@ -299,17 +302,17 @@ def _rejection(
 def _judge(run: Run, config: PostTrainingConfig, place: epath.Path) -> posttraining.Judge:
     """What scores the answers that the stage in `place` draws."""
     rejection = config.rejection
+    dtype = _given(config.rejection_train).compute_dtype
+
+    def by_model(reward: Callable[..., posttraining.Reward], stage: str) -> posttraining.Judge:
+        model, template = run.load(stage, dtype), rejection.template
+        options = {"compute_dtype": dtype, "mesh": run.mesh}
+        return posttraining.by_reward(reward(model, run.tokenizer, template, **options))
+
     if rejection.teacher is not None:
-        teacher = run.load(context.teacher(rejection.teacher))
-        return posttraining.by_reward(
-            posttraining.log_likelihood(teacher, run.tokenizer, rejection.template)
-        )
+        return by_model(posttraining.log_likelihood, context.teacher(rejection.teacher))
     if rejection.reward == posttraining.REWARD_MODEL:
-        return posttraining.by_reward(
-            posttraining.reward_of(
-                run.load(run.stage(place.parent / REWARD)), run.tokenizer, rejection.template
-            )
-        )
+        return by_model(posttraining.reward_of, run.stage(place.parent / REWARD))
     if rejection.function is not None:
         return posttraining.by_reward(_on_main(posttraining.load_function(rejection.function)))
     if rejection.reward == posttraining.TASK:
@@ -332,9 +335,11 @@ def _dpo(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) ->
     if config.dpo.uses_samples:
         pairs += _sampled_pairs(run, place.parent / REJECTION, template)
     rows = posttraining.pair_rows(pairs, config.dpo, pad_id=run.tokenizer.pad_id)
-    rows = posttraining.with_reference(model, rows, config.dpo)
-    loss_fn = dpo_loss(config, model.config, run.mesh)
     train = _given(config.dpo_train)
+    rows = posttraining.with_reference(
+        model, rows, config.dpo, compute_dtype=train.compute_dtype, mesh=run.mesh
+    )
+    loss_fn = dpo_loss(config, model.config, run.mesh)
     figures |= _train(
         run, place, model, loss_fn, rows, train, averaged=config.averaged, split_time=False
     )

@@ -3,7 +3,7 @@
 from distill_jax.training.config import OptimizerConfig, TrainConfig, learning_rate, make_optimizer
 from distill_jax.training.goodput import Goodput, account, account_line, read_sessions
 from distill_jax.training.jitted import JittedStep, check_rows, jit_step, state_shardings
-from distill_jax.training.language_model import language_model_loss, loss_of_rows
+from distill_jax.training.language_model import language_model_loss, loss_of_rows, values_of_rows
 from distill_jax.training.loop import train
 from distill_jax.training.metrics import MetricsWriter, read_metrics
 from distill_jax.training.profiling import parse_steps
@@ -32,4 +32,5 @@ __all__ = [
     "state_shardings",
     "sum_gradients",
     "train",
+    "values_of_rows",
 ]

@@ -140,6 +140,35 @@ def loss_of_rows(
     return loss_fn
 
 
+def values_of_rows(
+    config: LlamaConfig,
+    values: Callable[[Any, Any, Reading], Array],
+    *,
+    compute_dtype: str = "float32",
+    mesh: Mesh | None = None,
+) -> Callable[[Any, Mapping[str, Any]], Array]:
+    """A jitted function of parameters and a batch that gives something of every row.
+
+    Args:
+      config: the model's shape.
+      values: (params, batch, reading) -> [B, ...] of the batch's B rows.
+      compute_dtype: type of parameters and activations.
+      mesh: where the parameters lie: every device computes with rows of its own, as in
+        `loss_of_rows`, and B must be a multiple of their number. None leaves that to the compiler.
+    """
+    shares = shares_of(config, compute_dtype, mesh)
+    if shares is not None:
+        reading = Reading.of(shares)
+        return jax.jit(
+            parallel.map_rows(lambda params, batch: values(params, batch, reading), shares)
+        )
+    return jax.jit(
+        lambda params, batch: values(
+            jax.tree.map(lambda p: p.astype(compute_dtype), params), batch, Reading()
+        )
+    )
+
+
 def shares_of(config: LlamaConfig, dtype: str, mesh: Mesh | None) -> parallel.Shares | None:
     """How a model lies where every device computes with rows of its own; None: it does not."""
     if mesh is None or parallel.row_shards(mesh) == 1:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import data, models
+from distill_jax import data, models, parallel
 
 TEXTS = [
     "What is the capital of France? The capital of France is Paris.",
@@ -45,3 +45,14 @@ def random_model() -> Callable[..., models.Model]:
         return models.Model(config, params)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def split() -> Callable[..., models.Model]:
+    """(model, mesh) -> the model with its parameters spread over the mesh."""
+
+    def spread(model: models.Model, mesh: jax.sharding.Mesh) -> models.Model:
+        places = parallel.shardings(mesh, models.logical_axes(model.config), model.params)
+        return models.Model(model.config, jax.device_put(model.params, places))
+
+    return spread

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax import data, models
+from distill_jax import data, models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.posttraining import (
     DpoConfig,
@@ -63,6 +63,17 @@ def plain(model: models.Model) -> np.ndarray:
 def test_reference_log_probs_are_those_of_each_sequence_alone(reference, rows):
     got = [row["reference_log_probs"] for row in rows]
     np.testing.assert_allclose(got, plain(reference), rtol=1e-5)
+
+
+def test_on_a_mesh_every_device_reads_pairs_of_its_own(reference, split):
+    rows, mesh = pair_rows(PAIRS, DPO), parallel.make_mesh()
+    got = with_reference(split(reference, mesh), rows, DPO, pairs_per_batch=2, mesh=mesh)
+    np.testing.assert_allclose(
+        [row["reference_log_probs"] for row in got], plain(reference), rtol=1e-5
+    )
+    low = with_reference(split(reference, mesh), rows, DPO, compute_dtype="bfloat16", mesh=mesh)
+    rounded = np.array([row["reference_log_probs"] for row in low])
+    assert 1e-4 < np.abs(rounded / plain(reference) - 1).max() < 0.05
 
 
 VARIANTS = {

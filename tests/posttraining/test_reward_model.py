@@ -77,7 +77,7 @@ def test_loss_terms_and_gradient_are_bradley_terrys_on_the_last_logits(model):
     )
 
 
-def test_eight_devices_give_what_one_gives(model):
+def test_eight_devices_give_what_one_gives(model, split):
     pairs = [Pair([1, 2, index], [3 + index], [12, 5 + index]) for index in range(8)]
     rows = pair_rows(pairs, RewardModelConfig(sequence_length=8))
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
@@ -88,21 +88,22 @@ def test_eight_devices_give_what_one_gives(model):
 
     mesh = parallel.make_mesh()
     assert parallel.row_shards(mesh) == 8
-    places = parallel.shardings(mesh, models.logical_axes(model.config), model.params)
-    split = jax.device_put(model.params, places)
+    spread = split(model, mesh).params
     one, eight = (
         jax.jit(jax.grad(functools.partial(gradient, mesh=on), has_aux=True))(params)
-        for on, params in ((None, model.params), (mesh, split))
+        for on, params in ((None, model.params), (mesh, spread))
     )
     jax.tree.map(
         lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6), eight, one
     )
 
 
-@pytest.mark.parametrize("pairs_per_batch", [2, 8])
-def test_accuracy_counts_each_pair_once(model, pairs_per_batch):
+@pytest.mark.parametrize(("pairs_per_batch", "devices"), [(2, 1), (8, 1), (1, 8)])
+def test_accuracy_counts_each_pair_once(model, split, pairs_per_batch, devices):
     scores = np.asarray(jax.jit(plain_scores, static_argnums=0)(model.config, model.params))
-    found = preference_accuracy(model, TOKEN, ROWS, pairs_per_batch=pairs_per_batch)
+    mesh = None if devices == 1 else parallel.make_mesh()
+    judge = model if mesh is None else split(model, mesh)
+    found = preference_accuracy(judge, TOKEN, ROWS, pairs_per_batch=pairs_per_batch, mesh=mesh)
     assert found == (scores[:, 0] > scores[:, 1]).mean()
 
 

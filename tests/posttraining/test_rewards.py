@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from distill_jax import models
+from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.data import Rejects
 from distill_jax.posttraining import (
@@ -121,11 +121,21 @@ def test_log_likelihood_is_the_mean_over_the_answer_and_its_end(tokenizer, rando
         np.testing.assert_allclose(score, np.mean(expected), rtol=1e-5)
 
 
+def test_on_a_mesh_every_device_judges_answers_of_its_own(tokenizer, random_model, split):
+    teacher, mesh = random_model(tokenizer.vocab_size), parallel.make_mesh()
+    problems = [PROBLEM] * 11
+    completions = ["4", "a and then b", "", *"12345678"]
+    alone = by_reward(log_likelihood(teacher, tokenizer, rows_per_batch=2))
+    judge = rewards.judge("teacher:t", alone, problems, completions)
+    over = by_reward(log_likelihood(split(teacher, mesh), tokenizer, rows_per_batch=1, mesh=mesh))
+    np.testing.assert_allclose(over(problems, completions), judge, rtol=1e-5)
+
+
 def test_a_model_judges_the_tokens_that_a_template_makes_of_an_answer(tokenizer, random_model):
     template = CHATML.replace("message['content']", "(message['content'] | trim)")
     reward = rewards.by_model(
         random_model(tokenizer.vocab_size),
-        lambda params, row: jnp.sum(row["labels"] * row["where"], axis=-1),
+        lambda params, row, reading: jnp.sum(row["labels"] * row["where"], axis=-1),
         tokenizer,
         template,
         rows_per_batch=3,

@@ -10,7 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from distill_jax import losses, models, parallel
-from distill_jax.training import language_model_loss
+from distill_jax.training import language_model_loss, values_of_rows
 
 ROWS, TIME = 8, 16
 
@@ -117,3 +117,18 @@ def test_bfloat16_computes_and_float32_learns():
     chex.assert_trees_all_close(gradient, expected, atol=0.03 * size)
     alone = step(config, None, compute_dtype="bfloat16")(placed(config, None))
     chex.assert_trees_all_close((loss, gradient), alone, rtol=0.02, atol=0.01 * size)
+
+
+@pytest.mark.parametrize("devices", [None, 8])
+def test_values_of_rows_come_from_the_device_that_has_them(devices):
+    config, mesh = shape(), None if devices is None else parallel.make_mesh()
+    here = batch()
+
+    def values(params, rows, reading):
+        count = rows["tokens"].shape[0]  # of the rows that are computed with at once
+        table = reading.unembedding(params)
+        return jnp.stack([rows["labels"][:, 0], jnp.full(count, count)], axis=1) + 0 * table[0, 0]
+
+    found = values_of_rows(config, values, mesh=mesh)(placed(config, mesh), here)
+    np.testing.assert_array_equal(found[:, 0], here["labels"][:, 0])
+    np.testing.assert_array_equal(found[:, 1], ROWS // (devices or 1))
