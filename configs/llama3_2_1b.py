@@ -6,9 +6,11 @@ first 100B. Teachers are held, and written once more to the run's directory, in 
 70B. `evaluate` holds all models at once.
 
 `--set live=8b` distills from 8B alone, which then runs beside the student, in bfloat16, instead of
-having its distributions stored; `--set live=both` runs both so.
+having its distributions stored; `--set live=both` runs both so. `--set rounds=6` post-trains as
+often as Llama 3 was, each round on samples of what the one before left.
 """
 
+import dataclasses
 import os
 from typing import Literal
 
@@ -36,11 +38,28 @@ CORPUS = os.environ.get("CORPUS", "corpus.jsonl")
 
 
 def get_config(
-    tokens: Literal["1B", "100B"] = "100B", live: Literal["none", "8b", "both"] = "none"
+    tokens: Literal["1B", "100B"] = "100B",
+    live: Literal["none", "8b", "both"] = "none",
+    rounds: int = 1,
 ) -> Recipe:
     sources = {"8b": LLAMA_3_1_8B} | ({} if live == "8b" else {"70b": LLAMA_3_1_70B})
     batch_rows, sequence_length = 512, 4096
     steps = {"1B": 10**9, "100B": 10**11}[tokens] // (batch_rows * sequence_length)
+    posttraining = PostTrainingConfig(
+        task="capitals",
+        sft=SftConfig(sequence_length=4096, template=LLAMA3),
+        sft_train=_train(200, 1e-5, batch_rows=64),
+        rejection=RejectionConfig(samples=30, template=LLAMA3),
+        rejection_train=_train(200, 1e-5, batch_rows=64),
+        dpo=DpoConfig(),
+        dpo_train=_train(100, 1e-5, batch_rows=64),
+    )
+    *before, last = (
+        dataclasses.replace(
+            posttraining, rejection=dataclasses.replace(posttraining.rejection, seed=number)
+        )
+        for number in range(rounds)
+    )
     return Recipe(
         name=f"llama3_2_1b-{tokens}",
         tokenizer=TokenizerConfig(source=LLAMA_3_1_8B),
@@ -65,15 +84,8 @@ def get_config(
             hard_weight=0.1,
             train=_train(steps, 2e-4, batch_rows=batch_rows),
         ),
-        posttraining=PostTrainingConfig(
-            task="capitals",
-            sft=SftConfig(sequence_length=4096, template=LLAMA3),
-            sft_train=_train(200, 1e-5, batch_rows=64),
-            rejection=RejectionConfig(samples=30, template=LLAMA3),
-            rejection_train=_train(200, 1e-5, batch_rows=64),
-            dpo=DpoConfig(),
-            dpo_train=_train(100, 1e-5, batch_rows=64),
-        ),
+        posttraining_rounds=tuple(before),
+        posttraining=last,
         evaluation=EvaluationConfig(batch_rows=64, chunk_tokens=8192),
         prompts=("The capital of France is",),
         mesh=MeshConfig(fsdp=-1),

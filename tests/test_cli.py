@@ -73,12 +73,18 @@ def test_a_job_without_its_first_process_says_so_and_is_to_be_tried_again(capsys
     )
 
 
-def test_generate_prints_the_text_as_it_is_written(capsys, monkeypatch, tmp_path):
+def small():
+    """A tokenizer of three letters, and the shape of a model for it."""
     tokenizer = data.train_tokenizer(["abc abd aab bca cab"] * 4, 275)
     config = models.LlamaConfig(
         vocab_size=tokenizer.vocab_size, embed=8, mlp=8, layers=1, heads=2, kv_heads=1, head_dim=4,
         tied=False,
     )  # fmt: skip
+    return tokenizer, config
+
+
+def test_generate_prints_the_text_as_it_is_written(capsys, monkeypatch, tmp_path):
+    tokenizer, config = small()
     random = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype),
@@ -105,29 +111,27 @@ def test_generate_prints_the_text_as_it_is_written(capsys, monkeypatch, tmp_path
 
 
 def test_models_of_several_runs_are_averaged(capsys, tmp_path):
-    tokenizer = data.train_tokenizer(["abc abd aab bca cab"] * 4, 275)
-    config = models.LlamaConfig(
-        vocab_size=tokenizer.vocab_size, embed=8, mlp=8, layers=1, heads=2, kv_heads=1, head_dim=4,
-        tied=True,
-    )  # fmt: skip
+    tokenizer, config = small()
     random = np.random.default_rng(0)
     trees = []
     for name in "ab":
-        tree = {
-            name: random.normal(size=leaf.shape).astype(np.float32)
-            for name, leaf in enumerate(jax.tree.leaves(models.abstract_params(config)))
-        }
-        structure = jax.tree.structure(models.abstract_params(config))
-        params = jax.tree.unflatten(structure, map(jnp.asarray, tree.values()))
+        params = jax.tree.map(
+            lambda leaf: jnp.asarray(random.normal(size=leaf.shape), jnp.float32),
+            models.abstract_params(config),
+        )
         models.save(tmp_path / name, models.Model(config, params))
         tokenizer.save(tmp_path / name)
-        trees.append(tree)
+        trees.append(params)
     command = ["average", str(tmp_path / "a"), str(tmp_path / "b"), "--weights", "1", "3"]
     assert cli.main([*command, "--out", str(tmp_path / "mean"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["models"] == 2
-    mean = jax.tree.leaves(models.load(tmp_path / "mean").params)
-    for name, leaf in enumerate(mean):
-        np.testing.assert_allclose(leaf, trees[0][name] / 4 + trees[1][name] * 3 / 4, rtol=1e-5)
+    jax.tree.map(
+        lambda mean, a, b: np.testing.assert_allclose(
+            mean, a / 4 + b * 3 / 4, rtol=1e-5, atol=1e-6
+        ),
+        models.load(tmp_path / "mean").params,
+        *trees,
+    )
     assert data.load_tokenizer(tmp_path / "mean").fingerprint == tokenizer.fingerprint
     assert cli.main([*command, "--out", str(tmp_path / "a")]) == 2
     assert "a: is not empty" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def test_no_import_runs_back(path):
 
 
 def test_no_stage_imports_another():
-    shared = {"context"}
+    shared = {"context", "records"}
     for path in (ROOT / "stages").glob("*.py"):
         if path.stem in {"__init__", *shared}:
             continue

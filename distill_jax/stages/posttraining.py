@@ -2,19 +2,17 @@
 
 import dataclasses
 import functools
-import hashlib
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
 from jax.sharding import Mesh
 
 from distill_jax import data, evaluation, models, parallel, posttraining, training
-from distill_jax.artifacts import InputError, fingerprint_path, write_bytes
+from distill_jax.artifacts import InputError, fingerprint_path
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import PostTrainingConfig, to_json
-from distill_jax.stages import context
+from distill_jax.stages import context, records
 from distill_jax.stages.context import CORPUS, DPO, ON_POLICY, REJECTION, REWARD, SFT, Run
 
 
@@ -74,29 +72,6 @@ def _stage(run: Run, config: PostTrainingConfig, name: str, start: str) -> Stage
     )
 
 
-# Names the samples of a recipe that has no task of its own.
-_FILES = posttraining.Task(
-    name="files", train=(), held_out=(), scorer=posttraining.VERIFIERS["text"]
-)
-
-
-def _task(config: PostTrainingConfig) -> posttraining.Task:
-    """The recipe's task, with as many of its problems as the recipe wants."""
-    assert config.task is not None  # where it is needed; PostTrainingConfig checks that
-    task = posttraining.load_task(config.task)
-    return dataclasses.replace(task, train=task.train[: config.problems])
-
-
-def _fine_tuning_rows(
-    run: Run, config: PostTrainingConfig, conversations: Sequence[Any]
-) -> list[posttraining.Record]:
-    """Rows of the conversations, and as many of the corpus as `replay` asks for."""
-    rows = posttraining.sft_rows(run.tokenizer, conversations, config.sft)
-    if not config.replay:
-        return rows
-    return posttraining.with_replay(rows, run.corpus("train"), config.replay)
-
-
 def _train(
     run: Run,
     place: epath.Path,
@@ -113,7 +88,7 @@ def _train(
     Raises:
       InputError: processes read other rows.
     """
-    _check_alike(place, (row["tokens"].tobytes() for row in rows))
+    records.check_alike(place, (row["tokens"].tobytes() for row in rows))
     repeats = -(-config.batch_rows // len(rows))
     rows = [*rows] * repeats
     figures = run.train_averaged(
@@ -124,64 +99,10 @@ def _train(
     return {"rows": len(rows) // repeats, **figures}
 
 
-def _check_alike(place: epath.Path, rows: Iterable[bytes]) -> None:
-    digest = hashlib.sha256(b"".join(rows)).hexdigest()
-    if len(set(parallel.gather(digest, what=f"the rows of {place.name}"))) > 1:
-        raise InputError(
-            f"{place.name}: hosts read different rows; give all of them the same files"
-        )
-
-
-def _used(place: epath.Path, rejects: data.Rejects, used: int) -> dict[str, int]:
-    """Figures of records from files; those that were skipped are told, and listed in skipped.txt.
-
-    Raises:
-      InputError: none is left.
-    """
-    if skipped := rejects.messages:
-        first = f"{len(skipped)} records were skipped; the first: {skipped[0]}"
-        if not used:
-            raise InputError(f"{place.name}: no record can be used; {first}")
-        if parallel.is_main():
-            print(f"{place.name}: {first}", file=sys.stderr)
-            write_bytes(place / "skipped.txt", "".join(f"{line}\n" for line in skipped).encode())
-    return {"used": used, "skipped": len(skipped)}
-
-
-def _conversations(
-    run: Run, config: PostTrainingConfig, place: epath.Path | None
-) -> tuple[list[Any], dict[str, int]]:
-    """What fine-tuning learns, and figures of its files; without a place nobody is told of them."""
-    rejects = data.Rejects(config.sft.bad_rows)
-    found: list[Any] = list(posttraining.read_examples(run.tokenizer, config.sft, rejects))
-    figures = {}
-    if place is not None and config.sft.files:
-        figures = _used(place, rejects, len(found))
-    if config.sft.uses_task:
-        found += posttraining.demonstrations(_task(config).train)
-    return found, figures
-
-
-def _problems(
-    run: Run,
-    config: PostTrainingConfig,
-    asked: posttraining.PromptConfig,
-    longest: int,
-    place: epath.Path,
-) -> tuple[list[posttraining.Problem], dict[str, int]]:
-    """What a stage asks, and figures of the files; a question and its answer have `longest`."""
-    rejects = data.Rejects(asked.bad_rows)
-    found = list(posttraining.read_problems(run.tokenizer, asked, longest, rejects))
-    figures = _used(place, rejects, len(found)) if asked.files else {}
-    if asked.asks_task:
-        found += _task(config).train
-    return found, figures
-
-
 def _sft(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) -> dict[str, Any]:
     model = run.load(start)
-    conversations, figures = _conversations(run, config, place)
-    rows = _fine_tuning_rows(run, config, conversations)
+    conversations, figures = records.conversations(run, config, place)
+    rows = records.fine_tuning_rows(run, config, conversations)
     loss_fn = sft_loss(config, model.config, run.mesh)
     return figures | _train(
         run, place, model, loss_fn, rows, _given(config.sft_train), averaged=config.averaged
@@ -194,14 +115,14 @@ def _on_policy(
     model, asked, train = run.load(start), config.on_policy, _given(config.on_policy_train)
     assert asked.teacher is not None  # PostTrainingConfig checks that
     teacher = run.load(context.teacher(asked.teacher), train.compute_dtype)
-    problems, figures = _problems(run, config, asked, asked.sequence_length, place)
+    problems, figures = records.problems(run, config, asked, asked.sequence_length, place)
     messages = map(posttraining.to_messages, problems)
     prompts = [posttraining.encode_prompt(run.tokenizer, one, asked.template) for one in messages]
     given: list[posttraining.Example] = []
     if asked.uses_conversations:
-        conversations, _ = _conversations(run, config, None)
+        conversations, _ = records.conversations(run, config, None)
         given = posttraining.to_examples(run.tokenizer, conversations, asked.template)
-    _check_alike(place, (repr(one).encode() for one in [*prompts, *given]))
+    records.check_alike(place, (repr(one).encode() for one in [*prompts, *given]))
     rollouts = posttraining.Rollouts(
         model.config,
         teacher,
@@ -248,7 +169,7 @@ def _reward_model(
     model = run.load(start)
     rejects, template = data.Rejects(config.reward_model.bad_rows), config.rejection.template
     pairs = list(posttraining.read_pairs(run.tokenizer, config.reward_model, template, rejects))
-    figures: dict[str, Any] = dict(_used(place, rejects, len(pairs)))
+    figures: dict[str, Any] = dict(records.figures_of(place, rejects, len(pairs)))
     held_out = [pair for pair in pairs if config.reward_model.is_held_out(pair)]
     learnt = [pair for pair in pairs if not config.reward_model.is_held_out(pair)]
     if not learnt:
@@ -280,20 +201,20 @@ def _rejection(
     run: Run, config: PostTrainingConfig, start: str, place: epath.Path
 ) -> dict[str, Any]:
     model = run.load(start)
-    problems, used = _problems(run, config, config.rejection, config.longest_answer, place)
+    problems, used = records.problems(run, config, config.rejection, config.longest_answer, place)
     judge = _judge(run, config, place)
-    task = _FILES if config.task is None else _task(config)
+    task = records.FILES if config.task is None else records.task_of(config)
     figures: dict[str, Any] = used | posttraining.write_samples(
         place / "samples", model, run.tokenizer, task, problems, config.rejection, judge
     )
-    records = posttraining.read_samples(place / "samples")
-    examples = posttraining.chosen_examples(run.tokenizer, records, config.rejection.template)
+    drawn = posttraining.read_samples(place / "samples")
+    examples = posttraining.chosen_examples(run.tokenizer, drawn, config.rejection.template)
     if not examples:
         raise InputError(
             f"{place}: no sample of {figures['samples']} was good enough to choose; train longer "
             "before, draw more samples, or lower posttraining.rejection.threshold"
         )
-    rows = _fine_tuning_rows(run, config, examples)
+    rows = records.fine_tuning_rows(run, config, examples)
     train = _given(config.rejection_train)
     loss_fn = _sft_loss(config, model.config, run.mesh, train)
     return figures | _train(run, place, model, loss_fn, rows, train, averaged=config.averaged)
@@ -316,7 +237,7 @@ def _judge(run: Run, config: PostTrainingConfig, place: epath.Path) -> posttrain
     if rejection.function is not None:
         return posttraining.by_reward(_on_main(posttraining.load_function(rejection.function)))
     if rejection.reward == posttraining.TASK:
-        return posttraining.by_program(_task(config).scorer)
+        return posttraining.by_program(records.task_of(config).scorer)
     return posttraining.by_program(posttraining.VERIFIERS[rejection.reward])
 
 
@@ -331,7 +252,7 @@ def _dpo(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) ->
     model = run.load(start)
     rejects, template = data.Rejects(config.dpo.bad_rows), config.rejection.template
     pairs = list(posttraining.read_pairs(run.tokenizer, config.dpo, template, rejects))
-    figures = _used(place, rejects, len(pairs)) if config.dpo.files else {}
+    figures = records.figures_of(place, rejects, len(pairs)) if config.dpo.files else {}
     if config.dpo.uses_samples:
         pairs += _sampled_pairs(run, place.parent / REJECTION, template)
     rows = posttraining.pair_rows(pairs, config.dpo, pad_id=run.tokenizer.pad_id)
@@ -349,8 +270,8 @@ def _dpo(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) ->
 def _sampled_pairs(
     run: Run, rejection: epath.Path, template: str | None
 ) -> list[posttraining.Pair]:
-    records = posttraining.read_samples(rejection / "samples")
-    pairs = posttraining.sampled_pairs(run.tokenizer, records, template)
+    drawn = posttraining.read_samples(rejection / "samples")
+    pairs = posttraining.sampled_pairs(run.tokenizer, drawn, template)
     if not pairs:
         raise InputError(
             f"{rejection}: no problem has both a right and a wrong answer; draw "
