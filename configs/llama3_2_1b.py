@@ -6,14 +6,16 @@ first 100B. Teachers are held, and written once more to the run's directory, in 
 70B. `evaluate` holds all models at once.
 
 `--set live=8b` distills from 8B alone, which then runs beside the student, in bfloat16, instead of
-having its distributions stored; `--set live=both` runs both so. `--set rounds=6` post-trains as
-often as Llama 3 was, each round on samples of what the one before left.
+having its distributions stored; `--set live=both` runs both so. `--set posttraining_rounds=6`
+goes as many rounds as Llama 3 did, each on samples of what the one before left; each adds three
+models to what `evaluate` holds.
 """
 
 import dataclasses
 import os
 from typing import Literal
 
+from distill_jax.artifacts import InputError
 from distill_jax.data import CorpusConfig
 from distill_jax.evaluation import EvaluationConfig
 from distill_jax.models import presets
@@ -40,8 +42,10 @@ CORPUS = os.environ.get("CORPUS", "corpus.jsonl")
 def get_config(
     tokens: Literal["1B", "100B"] = "100B",
     live: Literal["none", "8b", "both"] = "none",
-    rounds: int = 1,
+    posttraining_rounds: int = 1,
 ) -> Recipe:
+    if posttraining_rounds < 1:
+        raise InputError(f"posttraining_rounds is {posttraining_rounds}; there is at least one")
     sources = {"8b": LLAMA_3_1_8B} | ({} if live == "8b" else {"70b": LLAMA_3_1_70B})
     batch_rows, sequence_length = 512, 4096
     steps = {"1B": 10**9, "100B": 10**11}[tokens] // (batch_rows * sequence_length)
@@ -58,7 +62,7 @@ def get_config(
         dataclasses.replace(
             posttraining, rejection=dataclasses.replace(posttraining.rejection, seed=number)
         )
-        for number in range(rounds)
+        for number in range(posttraining_rounds)
     )
     return Recipe(
         name=f"llama3_2_1b-{tokens}",

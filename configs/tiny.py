@@ -2,13 +2,15 @@
 
 `--set size=test` is a cut of it that the tests run; `--set divergence=reverse_kl`, or any other
 divergence of `distill_jax.losses`, is what the student minimises. With `--set on_policy=gkd`, or
-minillm, the large teacher corrects what the fine-tuned student writes; with `--set rounds=2`,
-post-training goes two rounds, the second on samples of what the first left.
+minillm, the large teacher corrects what the fine-tuned student writes; with
+`--set posttraining_rounds=2`, post-training goes two rounds, the second on samples of what the
+first left.
 """
 
 import dataclasses
 from typing import Literal
 
+from distill_jax.artifacts import InputError
 from distill_jax.data import CorpusConfig
 from distill_jax.evaluation import EvaluationConfig, SpeedConfig
 from distill_jax.models import LlamaConfig
@@ -31,8 +33,10 @@ def get_config(
     size: Literal["default", "test"] = "default",
     divergence: str = "forward_kl",
     on_policy: Literal["none", "gkd", "minillm"] = "none",
-    rounds: int = 1,
+    posttraining_rounds: int = 1,
 ) -> Recipe:
+    if posttraining_rounds < 1:
+        raise InputError(f"posttraining_rounds is {posttraining_rounds}; there is at least one")
     test = size == "test"
     vocab_size = 512 if test else 4096
     steps = 8 if test else 40
@@ -55,7 +59,7 @@ def get_config(
         dpo=DpoConfig(sequence_length=128),
         dpo_train=_train(steps // 2, learning_rate=1e-4),
     )
-    *before, last = (_round(posttraining, number, steps) for number in range(rounds))
+    *before, last = (_round(posttraining, number, steps) for number in range(posttraining_rounds))
     return Recipe(
         name="tiny-test" if test else "tiny",
         tokenizer=TokenizerConfig(vocab_size=vocab_size),

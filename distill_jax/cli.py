@@ -65,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # Orbax tells of every file it writes; a person who runs a recipe has no use for that.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    parallel.keep_compiled()
     try:
         figures = options.work(options)
     except (InputError, FloatingPointError, OSError, parallel.ProcessError) as error:

@@ -32,12 +32,14 @@ from distill_jax.stages import context, preflight, shapes
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Runs a recipe, or one kind of its stages, alone or with other processes."""
     parallel.start()
+    parallel.keep_compiled()
     with parallel.stoppable(), parallel.together():
         return _run_recipe(options)
 
 
 def search(options: argparse.Namespace) -> dict[str, Any]:
     """Looks for the shape to prune to, and shows what it found."""
+    parallel.keep_compiled()
     recipe, directory = _recipe_and_directory(options)
     by_parameters = options.parameters is not None
     config = pruning.SearchConfig(
@@ -107,6 +109,7 @@ def _run_recipe(options: argparse.Namespace) -> dict[str, Any]:
 
 def generate(options: argparse.Namespace) -> dict[str, Any]:
     """Lets a model continue a text, or answer a question, as it is written."""
+    parallel.keep_compiled()
     model = models.load(options.model)
     tokenizer = data.load_tokenizer(options.model)
     stop_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -145,8 +148,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
 def average(options: argparse.Namespace) -> dict[str, Any]:
     """Leaves the mean of several models, with the tokenizer that they share."""
     out = epath.Path(options.out)
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"--out {out}: is not empty")
+    if models.is_saved(out):
+        raise InputError(f"--out {out}: holds a model")
     first, *others = options.model
     tokenizer = data.load_tokenizer(first)
     for other in others:
@@ -205,6 +208,7 @@ def verify(options: argparse.Namespace) -> dict[str, Any]:
     """Re-hashes a store, and compares rows with the corpus and the teacher."""
     if options.teacher and not options.corpus:
         raise InputError("verify: --teacher needs --corpus")
+    parallel.keep_compiled()
     corpus = data.open_corpus(options.corpus, options.split) if options.corpus else None
     model = models.load(options.teacher) if options.teacher else None
     found = dict(teachers.verify(options.store, corpus=corpus, model=model, sample=options.sample))

@@ -23,7 +23,7 @@ def replace_fields(config: Config, fields: Sequence[tuple[str, str]]) -> Config:
     Raises:
       InputError: an unknown name, or a value of the wrong type.
     """
-    replaced: Config = _replace(config, _nested(fields), "")
+    replaced: Config = _replace(config, _nested(fields), "", type(config))
     return replaced
 
 
@@ -43,16 +43,16 @@ def _nested(fields: Sequence[tuple[str, str]]) -> dict[str, Any]:
     return tree
 
 
-def _replace(node: Any, changes: Mapping[str, Any], prefix: str) -> Any:
-    """`node` with all changes below it made at once, so that they are checked together."""
+def _replace(node: Any, changes: Mapping[str, Any], prefix: str, hint: Any) -> Any:
+    """`node`, of type `hint`, with all changes below it made at once, to be checked together."""
     if isinstance(node, tuple):
         items = {str(place): item for place, item in enumerate(node)}
-        return tuple(_replace(items, changes, prefix).values())
+        return tuple(_replace(items, changes, prefix, hint).values())
     values: dict[str, Any] = {}
     for key, change in changes.items():
         name = f"{prefix}{key}"
         if isinstance(node, Mapping):
-            known, hints = list(node), dict.fromkeys(node, type(node.get(key)))
+            known, hints = list(node), dict.fromkeys(node, _items_of(hint))
         elif dataclasses.is_dataclass(node):
             known = [field.name for field in dataclasses.fields(node)]
             hints = typing.get_type_hints(type(node))
@@ -66,10 +66,19 @@ def _replace(node: Any, changes: Mapping[str, Any], prefix: str) -> Any:
         if isinstance(change, str):
             values[key] = parse(name, change, hints[key])
         else:
-            values[key] = _replace(child, change, f"{name}.")
+            values[key] = _replace(child, change, f"{name}.", hints[key])
     if isinstance(node, Mapping):
         return {**node, **values}
     return dataclasses.replace(node, **values)
+
+
+def _items_of(hint: Any) -> Any:
+    """The type of what is in a tuple, or of a mapping's values, of the type `hint`."""
+    for one in (hint, *typing.get_args(hint)):  # "X | None", too
+        origin = typing.get_origin(one)
+        if isinstance(origin, type) and issubclass(origin, tuple | Mapping):
+            return typing.get_args(one)[0 if origin is tuple else 1]
+    return Any
 
 
 def parse(name: str, text: str, hint: Any) -> Any:

@@ -246,17 +246,22 @@ class Recipe:
                 self.store(name, field)
 
     def _check_posttrainings(self) -> None:
-        if self.posttraining_rounds and self.posttraining is None:
-            raise InputError("posttraining_rounds: come before posttraining, which is None")
+        if self.posttraining is None:
+            if self.posttraining_rounds:
+                raise InputError("posttraining_rounds: come before posttraining, which is None")
+            return
         length = self.corpus.sequence_length
         for field, post in self.posttrainings.items():
-            if post.replay and post.sft.sequence_length != length:
+            if post.replay and post.learns_rows and post.sft.sequence_length != length:
                 raise InputError(
                     f"{field}.replay: rows of the corpus have {length} tokens, "
                     f"{field}.sft.sequence_length is {post.sft.sequence_length}"
                 )
-        if len({post.rejection.template for post in self.posttrainings.values()}) > 1:
-            raise InputError("posttraining_rounds: have another template than posttraining")
+        for post in self.posttraining_rounds:
+            if post.rejection.template != self.posttraining.rejection.template:
+                raise InputError("posttraining_rounds: have another template than posttraining")
+            if post.task not in (None, self.posttraining.task):
+                raise InputError("posttraining_rounds: have another task than posttraining")
 
     @property
     def posttrainings(self) -> dict[str, PostTrainingConfig]:

@@ -25,7 +25,8 @@ from distill_jax.training import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
-CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "tiny.py"
 MODELS = (
     "teachers/small",
     "teachers/large",
@@ -57,7 +58,7 @@ BRIEF = {kill for kill in KILLS if kill[1] in ("plan.json", "model.json")}
 ONE_DEVICE = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "1",
-    "PYTHONPATH": str(pathlib.Path(__file__).parent / "without_torch"),
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "without_torch"))),
 }
 
 

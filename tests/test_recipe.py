@@ -57,16 +57,28 @@ def test_a_parameter_of_get_config_and_fields_by_dotted_name():
 
 
 def test_fields_inside_of_a_tuple_are_named_by_their_place():
-    plain = load_recipe(TINY, ["rounds=3"])
+    plain = load_recipe(TINY, ["posttraining_rounds=3"])
     sets = ("posttraining_rounds.1.dpo.beta=0.7", "posttraining_rounds.1.averaged=2", "seeds.0=5")
-    changed = load_recipe(TINY, ["rounds=3", *sets])
+    changed = load_recipe(TINY, ["posttraining_rounds=3", *sets])
     first, second = changed.posttraining_rounds
     assert first == plain.posttraining_rounds[0]
     assert (second.dpo.beta, second.averaged, changed.seeds) == (0.7, 2, (5,))
     assert second.rejection == plain.posttraining_rounds[1].rejection
     assert changed.posttraining == plain.posttraining
-    with pytest.raises(InputError, match=r"posttraining_rounds\.2: unknown field '2'; known: 0, 1"):
-        load_recipe(TINY, ["rounds=3", "posttraining_rounds.2.averaged=2"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("posttraining_rounds.1.averaged=2", r"\.1: unknown field '1'; known: 0"),
+        ("controls.0=nonsense", r"controls\.0=nonsense: .*'cross_entropy'"),
+        ("distill.terms.large.options.alpha=much", r"options\.alpha: unknown field"),
+        ("posttraining_rounds=0", "posttraining_rounds is 0; there is at least one"),
+    ],
+)
+def test_wrong_items_are_refused(override, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe(TINY, ["posttraining_rounds=2", override])
 
 
 @pytest.mark.parametrize(

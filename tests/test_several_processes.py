@@ -1,6 +1,7 @@
 """Stages that several processes run together, and targets of a corpus that grew."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -36,7 +37,8 @@ def get_config():
 def without_torch():
     """What the processes of a pod have."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent / "without_torch"))
+        paths = (TINY.parents[1], pathlib.Path(__file__).parent / "without_torch")
+        environment.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
         yield
 
 

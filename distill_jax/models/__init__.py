@@ -1,7 +1,7 @@
 """Llama in Flax NNX: its shapes, its forward pass, its weights in and out, generation."""
 
 from distill_jax.models.averaging import average
-from distill_jax.models.checkpoint import is_saved, load, load_config, save
+from distill_jax.models.checkpoint import is_saved, load, load_config, remove, save
 from distill_jax.models.config import LlamaConfig, RopeScaling
 from distill_jax.models.generation import Completion, generate
 from distill_jax.models.gguf import load_gguf
@@ -68,6 +68,7 @@ __all__ = [
     "logits",
     "merge",
     "open_hugging_face",
+    "remove",
     "save",
     "unembedding",
     "write_hugging_face",

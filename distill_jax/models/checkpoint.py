@@ -103,6 +103,13 @@ def save(path: str | os.PathLike[str], model: Model) -> None:
     multihost_utils.sync_global_devices(f"save {place}")
 
 
+def remove(path: str | os.PathLike[str]) -> None:
+    """Deletes what `save` wrote; what else is in the directory stays."""
+    place = epath.Path(os.fspath(path))
+    (place / _CONFIG).unlink(missing_ok=True)
+    (place / _PARAMS).rmtree(missing_ok=True)
+
+
 def _read_config(place: epath.Path) -> LlamaConfig:
     description = artifacts.read_json(place / _CONFIG)
     known = isinstance(description, dict) and description.get("format") == _FORMAT

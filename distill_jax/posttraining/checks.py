@@ -46,13 +46,13 @@ def check_files(config: PostTrainingConfig, tokenizer: Tokenizer | None) -> None
     reward_pairs = functools.partial(pairs, config.reward_model)
     dpo_pairs = functools.partial(pairs, config.dpo)
     for field, part, train, read in (
-        ("sft.data", config.sft, config.sft_train, conversations),
+        ("sft.data", config.sft, config.learns_conversations, conversations),
         ("on_policy.prompts", config.on_policy, config.on_policy_train, on_policy),
         ("reward_model.pairs", config.reward_model, config.reward_train, reward_pairs),
         ("rejection.prompts", config.rejection, config.rejection_train, rejection),
         ("dpo.pairs", config.dpo, config.dpo_train, dpo_pairs),
     ):
-        if train is not None and part.files:
+        if train and part.files:
             _check(field, read, Rejects(part.bad_rows))
     if tokenizer is not None and config.on_policy_train is not None:
         _check_asked(config, tokenizer)

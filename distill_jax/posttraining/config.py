@@ -20,15 +20,16 @@ class PostTrainingConfig:
       task: the verifiable task, a key of `posttraining.TASKS`, whose held-out problems every model
         is measured with; None: there is none, and all data come from files.
       problems: at most so many training problems are used; None for all.
-      averaged: every training but the on-policy one is made so many times, each with a seed of its
-        own, and leaves the mean of what came of them (Llama 3, 2024, section 4.1.5).
+      averaged: every training but the on-policy one is made so many times, each with the next seed
+        and so another order of rows, and leaves the mean of what came of them. (Llama 3, 2024,
+        section 4.1.5, averages over data and settings: `models.average`.)
       sft: rows and loss of supervised fine-tuning.
       sft_train: how it goes; None leaves it out, as in a round that starts from samples.
       replay: the share of fine-tuning's rows that are plain text of the corpus, in [0, 1): without
         any, a small model forgets the text while it learns to answer (Ibrahim et al., 2024). Every
         token of the text is learnt, and only answers of the others: of the loss it is far more.
         Rows of both must be of one length.
-      on_policy: how the model that SFT left writes, and what a teacher corrects.
+      on_policy: how the model so far writes, and what a teacher corrects.
       on_policy_train: how it goes; None leaves on-policy distillation out.
       reward_model: what a reward model learns from.
       reward_train: how it goes; None leaves it out. It starts from the model so far, and is the
@@ -71,7 +72,7 @@ class PostTrainingConfig:
         if self.averaged < 1:
             raise InputError(f"posttraining.averaged is {self.averaged}; it must be positive")
         samples = self.rejection_train is not None
-        if self.task is None and self.sft_train is not None and self.sft.uses_task:
+        if self.task is None and self.learns_conversations and self.sft.uses_task:
             raise InputError("posttraining.sft.data: needs the problems of posttraining.task")
         if self.task is None and samples and self.rejection.asks_task:
             raise InputError("posttraining.rejection.prompts: need those of posttraining.task")
@@ -115,6 +116,17 @@ class PostTrainingConfig:
         fields = ("sft", "on_policy", "reward", "rejection", "dpo")
         trains = {f"{field}_train": getattr(self, f"{field}_train") for field in fields}
         return {field: train for field, train in trains.items() if train is not None}
+
+    @property
+    def learns_conversations(self) -> bool:
+        """Whether a stage reads `sft.data`."""
+        given = self.on_policy_train is not None and self.on_policy.uses_conversations
+        return given or self.sft_train is not None
+
+    @property
+    def learns_rows(self) -> bool:
+        """Whether a stage makes rows of `sft.sequence_length`."""
+        return self.learns_conversations or self.rejection_train is not None
 
     @property
     def longest_answer(self) -> int:

@@ -64,10 +64,12 @@ def filled_batches(
 
     Args:
       rows: all rows.
-      size: how many a batch has, R, or each device of a mesh of it.
+      size: how many a batch has, R, or each device of a mesh at most of it.
       mesh: over which the batches are spread; None leaves them on the host.
     """
-    size *= 1 if mesh is None else parallel.row_shards(mesh)
+    if mesh is not None:
+        shards = parallel.row_shards(mesh)
+        size = min(size, -(-len(rows) // shards)) * shards
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         filled = [*part, *[part[-1]] * (size - len(part))]

@@ -132,18 +132,26 @@ class Run:
         runs: int,
         split_time: bool,
     ) -> dict[str, Any]:
-        """As `train`; more runs than one stand below `place`, each with the next seed, and it has
-        the mean of their models, and figures of their work in all."""
+        """As `train`; of several runs, each with the next seed, `place` has the mean of the models.
+
+        Their metrics stand below it. The figures are of their work in all.
+        """
         if runs == 1:
             return self.train(place, model, loss_fn, rows, config, split_time=split_time)
-        found = {}
-        for number in range(runs):
-            one = dataclasses.replace(config, seed=config.seed + number)
-            way = place / f"run-{number}"
-            found[way] = self.train(way, model, loss_fn, rows, one, split_time=split_time)
-        mean = models.average([*map(os.fspath, found)], shardings=self.shardings(model.config))
-        self.save(place, mean)
-        return _summed([*found.values()])
+        places, name = [place / f"run-{number}" for number in range(runs)], self.stage(place)
+        if not parallel.on_main(lambda: models.is_saved(place), what=name):
+            for number, way in enumerate(places):
+                one = dataclasses.replace(config, seed=config.seed + number)
+                self.train(way, model, loss_fn, rows, one, split_time=split_time)
+            shardings = self.shardings(model.config)
+            self.save(place, models.average([*map(os.fspath, places)], shardings=shardings))
+
+        def figures() -> dict[str, Any]:
+            for way in places:
+                models.remove(way)
+            return _summed([_trained(way) for way in places])
+
+        return parallel.on_main(figures, what=f"the end of {name}")
 
     def loop(
         self,
@@ -179,8 +187,7 @@ class Run:
         def figures() -> dict[str, Any]:
             # What only served to go on after a kill need not stay on disk.
             (place / "checkpoints").rmtree(missing_ok=True)
-            spent = training.account(training.read_sessions(place))
-            return _figures(training.read_metrics(place / "metrics.jsonl")) | {"goodput": spent}
+            return _trained(place)
 
         return parallel.on_main(figures, what=f"the end of {name}")
 
@@ -268,6 +275,12 @@ def posttraining_stages(recipe: Recipe) -> dict[str, PostTrainingConfig]:
     before = [f"{POSTTRAINING_ROUNDS}/{n}/" for n in range(len(recipe.posttraining_rounds))]
     rounds = zip([*before, ""], recipe.posttrainings.values())
     return {prefix + kinds[field]: one for prefix, one in rounds for field in one.trainings}
+
+
+def _trained(place: epath.Path) -> dict[str, Any]:
+    """Figures of the training that went on in a directory."""
+    spent = training.account(training.read_sessions(place))
+    return _figures(training.read_metrics(place / "metrics.jsonl")) | {"goodput": spent}
 
 
 def _summed(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

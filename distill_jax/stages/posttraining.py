@@ -65,7 +65,8 @@ def _stage(run: Run, config: PostTrainingConfig, name: str, start: str) -> Stage
     return Stage(
         name=name,
         command=context.POSTTRAINING_ROUNDS if prefix else kind,
-        recipe={part: described[part] for part in ("task", "problems", *parts[kind])},
+        recipe={part: described[part] for part in ("task", "problems", *parts[kind])}
+        | {"template": config.rejection.template},
         inputs=(CORPUS, start, *judges.get(kind, ())),
         external={file: fingerprint_path(file) for file in files[kind]},
         work=functools.partial(works[kind], run, config, start),
@@ -120,7 +121,8 @@ def _on_policy(
     prompts = [posttraining.encode_prompt(run.tokenizer, one, asked.template) for one in messages]
     given: list[posttraining.Example] = []
     if asked.uses_conversations:
-        conversations, _ = records.conversations(run, config, None)
+        told = None if config.sft_train is not None else place
+        conversations, _ = records.conversations(run, config, told)
         given = posttraining.to_examples(run.tokenizer, conversations, asked.template)
     records.check_alike(place, (repr(one).encode() for one in [*prompts, *given]))
     rollouts = posttraining.Rollouts(
@@ -175,6 +177,7 @@ def _reward_model(
     if not learnt:
         raise InputError(f"{place.name}: all {len(pairs)} pairs are held out; there are too few")
     token, pad_id = posttraining.reward_token(run.tokenizer, template), run.tokenizer.pad_id
+    records.check_alike(place, (repr(pair).encode() for pair in pairs))
     rows = posttraining.pair_rows(learnt, config.reward_model, pad_id=pad_id)
     train = _given(config.reward_train)
     loss_fn = posttraining.reward_loss(
@@ -255,6 +258,7 @@ def _dpo(run: Run, config: PostTrainingConfig, start: str, place: epath.Path) ->
     figures = records.figures_of(place, rejects, len(pairs)) if config.dpo.files else {}
     if config.dpo.uses_samples:
         pairs += _sampled_pairs(run, place.parent / REJECTION, template)
+    records.check_alike(place, (repr(pair).encode() for pair in pairs))
     rows = posttraining.pair_rows(pairs, config.dpo, pad_id=run.tokenizer.pad_id)
     train = _given(config.dpo_train)
     rows = posttraining.with_reference(

@@ -75,7 +75,7 @@ def _check_posttraining(
     if config.task is not None:
         posttraining.load_task(config.task)
     lengths = {
-        "sft": config.sft.sequence_length,
+        "sft": config.sft.sequence_length if config.learns_rows else 0,
         "on_policy": config.on_policy.sequence_length if config.on_policy_train else 0,
         "reward_model": config.reward_model.sequence_length if config.reward_train else 0,
         "dpo": config.dpo.sequence_length if config.dpo_train else 0,
@@ -176,7 +176,8 @@ def _check_rows(recipe: Recipe) -> None:
     lengths = {"corpus.sequence_length": recipe.corpus.sequence_length}
     of_pairs: dict[str, Any] = {}
     for field, post in recipe.posttrainings.items():
-        lengths[f"{field}.sft.sequence_length"] = post.sft.sequence_length
+        if post.learns_rows:
+            lengths[f"{field}.sft.sequence_length"] = post.sft.sequence_length
         if post.on_policy_train is not None:
             lengths[f"{field}.on_policy.sequence_length"] = post.on_policy.sequence_length
         for name, train in post.trainings.items():

@@ -30,7 +30,8 @@ def stages(run: Run) -> list[Stage]:
                 "evaluation": to_json(recipe.evaluation),
                 "prompts": list(recipe.prompts),
                 "teachers": list(recipe.teachers),
-                "task": task and [task.task, task.rejection.max_new_tokens],
+                "task": task
+                and [task.task, task.rejection.max_new_tokens, task.rejection.template],
             },
             inputs=(CORPUS, *made),
             work=lambda place: _evaluate(run, place),

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-from distill_jax import data, models, parallel
+from distill_jax import data, models, parallel, stages
+from distill_jax.stages import context
 
 TEXTS = [
     "What is the capital of France? The capital of France is Paris.",
@@ -56,3 +58,12 @@ def split() -> Callable[..., models.Model]:
         return models.Model(model.config, jax.device_put(model.params, places))
 
     return spread
+
+
+@pytest.fixture
+def run(tokenizer, random_model, tmp_path):
+    """(recipe) -> the run of a recipe whose student has been distilled."""
+    student = random_model(tokenizer.vocab_size)
+    tokenizer.save(tmp_path / context.CORPUS)
+    models.save(tmp_path / context.student(0), student)
+    return lambda recipe: stages.Run(recipe, epath.Path(tmp_path))

@@ -2,56 +2,20 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
+from recipes import alone, conversation, recipe_of, works
 from scipy.special import log_softmax
 
-from distill_jax import models, parallel, stages
+from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.posttraining import answers, encode_pair, read_samples, rejection
-from distill_jax.recipe import Recipe, TokenizerConfig, load_recipe
-from distill_jax.stages import context, posttraining, preflight, report
+from distill_jax.recipe import TokenizerConfig
+from distill_jax.stages import context, posttraining, preflight
 from distill_jax.training import read_metrics
-
-TINY = pathlib.Path(__file__).parent.parent.parent / "configs" / "tiny.py"
-
-
-def recipe_of(*overrides) -> Recipe:
-    settings = ["replay=0.0", "sft_train.steps=2", *overrides]
-    return load_recipe(TINY, ["size=test", *(f"posttraining.{text}" for text in settings)])
-
-
-def alone(*overrides) -> Recipe:
-    """Fine-tuning on files alone."""
-    return recipe_of("task=null", "rejection_train=null", "dpo_train=null", *overrides)
-
-
-def conversation(question, answer):
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return json.dumps({"messages": turns})
-
-
-@pytest.fixture
-def run(tokenizer, random_model, tmp_path):
-    """(recipe) -> the run of a recipe whose student has been distilled."""
-    student = random_model(tokenizer.vocab_size)
-    tokenizer.save(tmp_path / context.CORPUS)
-    models.save(tmp_path / context.student(0), student)
-    return lambda recipe: stages.Run(recipe, epath.Path(tmp_path))
-
-
-def works(run) -> dict:
-    """The directory of each stage, as it is when work begins, and what fills it."""
-    made = {}
-    for stage in posttraining.stages(run):
-        (run.directory / stage.name).mkdir(parents=True, exist_ok=True)
-        made[stage.name] = (run.directory / stage.name, stage)
-    return made
 
 
 def test_a_model_is_fine_tuned_on_a_file_alone(run, tmp_path, capsys):
@@ -360,144 +324,3 @@ def test_a_reward_model_needs_its_training_and_its_pairs(change, message):
             reward_train=train,
             rejection=dataclasses.replace(config.rejection, reward=reward, threshold=None),
         )
-
-
-def two_rounds(**before) -> Recipe:
-    """Fine-tuning, samples and preferences twice; changes to the first round."""
-    recipe = recipe_of()
-    first = dataclasses.replace(recipe.posttraining, **before)
-    return dataclasses.replace(recipe, posttraining_rounds=(first,))
-
-
-def test_a_round_starts_from_what_the_one_before_left(run):
-    made = posttraining.stages(run(two_rounds()))
-    first = "posttraining-rounds/0"
-    assert {stage.name: stage.inputs[1] for stage in made} == {
-        f"{first}/sft": "distill/seed-0",
-        f"{first}/rejection-sample": f"{first}/sft",
-        f"{first}/dpo": f"{first}/rejection-sample",
-        "sft": f"{first}/dpo",
-        "rejection-sample": "sft",
-        "dpo": "rejection-sample",
-    }
-    assert [stage.command for stage in made] == [
-        *["posttraining-rounds"] * 3, "sft", "rejection-sample", "dpo",
-    ]  # fmt: skip
-    assert [stage.name for stage in posttraining.stages(run(two_rounds(sft_train=None)))] == [
-        f"{first}/rejection-sample", f"{first}/dpo", "sft", "rejection-sample", "dpo",
-    ]  # fmt: skip
-    assert set(stages.COMMANDS) >= {stage.command for stage in made}
-    judged = dataclasses.replace(
-        recipe_of().posttraining.rejection, reward="reward_model", threshold=None
-    )
-    train = recipe_of().posttraining.sft_train
-    pairs = dataclasses.replace(recipe_of().posttraining.reward_model, pairs=__file__)
-    made = posttraining.stages(
-        run(two_rounds(reward_train=train, reward_model=pairs, rejection=judged))
-    )
-    assert made[2].inputs == ("corpus", f"{first}/sft", f"{first}/reward-model")
-
-
-def test_the_report_tells_rounds_apart():
-    names = [name for name, _ in report._posttrained(two_rounds()).values()]
-    kinds = ("+ SFT", "+ rejection sampling", "+ DPO")
-    assert names == [f"{kind}, round {number}" for number in (1, 2) for kind in kinds]
-    assert [name for name, _ in report._posttrained(recipe_of()).values()] == list(kinds)
-
-
-def test_every_round_has_samples_and_preferences_of_its_own(run, tokenizer, monkeypatch):
-    def answer(model, tokenizer, problems, *, seeds, **_):
-        """Of two samples one is right; the other tells its seed, which tells the round."""
-        texts = [
-            problem.answer if place % 2 else str(seed)
-            for place, (problem, seed) in enumerate(zip(problems, seeds, strict=True))
-        ]
-        return [answers.Answer(text, tokenizer.encode(text), -1.0, True) for text in texts]
-
-    def train_averaged(self, place, model, *_, **options):
-        grown = jax.tree.map(lambda leaf: leaf * 2, model.params)
-        self.save(place, models.Model(model.config, grown))
-        return {"steps": 1}
-
-    pairs_of, pair_rows = [], posttraining.posttraining.pair_rows
-
-    def seen(pairs, *rest, **options):
-        pairs_of.append({tuple(pair.rejected) for pair in pairs})
-        return pair_rows(pairs, *rest, **options)
-
-    monkeypatch.setattr(rejection, "answer", answer)
-    monkeypatch.setattr(stages.Run, "train_averaged", train_averaged)
-    monkeypatch.setattr(posttraining.posttraining, "pair_rows", seen)
-    recipe = recipe_of("problems=4", "rejection.samples=2")
-    first = dataclasses.replace(recipe.posttraining, sft_train=None)
-    last = dataclasses.replace(first, rejection=dataclasses.replace(first.rejection, seed=1))
-    recipe = dataclasses.replace(recipe, posttraining_rounds=(first,), posttraining=last)
-    preflight.check(recipe)
-    of_recipe = run(recipe)
-    made = works(of_recipe)
-    for place, stage in made.values():
-        stage.work(place)
-    before, after = pairs_of
-    assert len(before) == len(after) == 4
-    assert not before & after
-    assert context.model_stages(recipe)[-4:] == [*made]
-    start = of_recipe.load(context.student(0))
-    for grown, name in enumerate(made, 1):
-        np.testing.assert_array_equal(
-            of_recipe.load(name).params["embedding"], start.params["embedding"] * 2**grown
-        )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"replay": 0.5, "length": 64}, r"posttraining_rounds\.0\.replay: rows .* 128 tokens"),
-        ({"template": "llama3"}, r"posttraining_rounds: have another template than postt"),
-        (dict.fromkeys(("sft_train", "rejection_train", "dpo_train")), "no stage is trained"),
-        ({"averaged": 0}, r"posttraining\.averaged is 0; it must be positive"),
-    ],
-)
-def test_rounds_that_do_not_fit_are_refused(change, message):
-    post, change = recipe_of().posttraining, dict(change)
-    length, template = change.pop("length", 128), change.pop("template", None)
-    change["sft"] = dataclasses.replace(post.sft, sequence_length=length, template=template)
-    for part in ("on_policy", "rejection"):
-        change[part] = dataclasses.replace(getattr(post, part), template=template)
-    with pytest.raises(InputError, match=message):
-        two_rounds(**change)
-
-
-def test_rounds_come_before_the_last():
-    with pytest.raises(InputError, match="posttraining_rounds: come before posttraining, which"):
-        dataclasses.replace(two_rounds(), posttraining=None)
-
-
-def test_wrong_data_of_a_round_are_told_with_its_name():
-    asked = dataclasses.replace(recipe_of().posttraining.dpo, sequence_length=513)
-    with pytest.raises(InputError, match=r"posttraining_rounds\.0: .*dpo\.sequence_length: 513"):
-        preflight.check(two_rounds(dpo=asked))
-
-
-@pytest.mark.slow
-def test_a_stage_leaves_the_mean_of_its_runs(run, tmp_path):
-    path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(conversation(f"{a} + 2?", str(a + 2)) for a in range(99)))
-    recipe = alone(f"sft.data={path}", "averaged=2", "sft_train.seed=3")
-    place, stage = works(run(recipe))[context.SFT]
-    figures = stage.work(place)
-    assert (figures["averaged"], figures["steps"]) == (2, 4)
-    assert stage.work(place) == figures  # as after a kill before the manifest
-    *runs, mean = (
-        jax.tree.leaves(models.load(one).params)
-        for one in (place / "run-0", place / "run-1", place)
-    )
-    for one, other, between in zip(*runs, mean, strict=True):
-        np.testing.assert_allclose(between, (one + other) / 2, rtol=1e-5, atol=1e-7)
-    # The second is what its seed makes alone.
-    single = works(run(alone(f"sft.data={path}", "sft_train.seed=4")))[context.SFT][1]
-    again = tmp_path / "again"
-    again.mkdir()
-    single.work(epath.Path(again))
-    for one, other in zip(runs[1], jax.tree.leaves(models.load(again).params), strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert max(float(np.abs(one - other).max()) for one, other in zip(*runs, strict=True)) > 1e-5
