@@ -1,13 +1,16 @@
 """Plain texts from files: one .txt, a folder of .txt, or a field of records."""
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 
 from distill_jax import artifacts
 from distill_jax.artifacts import InputError
-from distill_jax.data.records import RECORDS, Placed, read_records
+from distill_jax.data.records import RECORDS, WHOLE, Placed, Span, read_span, record_files, spans
+
+_TEXT = ".txt"
 
 
 def read_texts(source: str | os.PathLike[str], *, field: str = "text") -> Iterator[str]:
@@ -21,16 +24,43 @@ def read_texts(source: str | os.PathLike[str], *, field: str = "text") -> Iterat
       InputError: nothing is there, a folder holds both kinds, a record cannot be read or lacks the
         field, or a file is not UTF-8.
     """
+    files = text_files(source)
+    return itertools.chain.from_iterable(read_text_span(path, field=field) for path in files)
+
+
+def text_files(source: str | os.PathLike[str]) -> list[epath.Path]:
+    """The files of `source` in the order in which `read_texts` reads them.
+
+    Raises:
+      InputError: nothing is there, it is nothing that holds texts, or a folder holds both kinds.
+    """
     place = artifacts.resolve(source)
     inside = sorted(place.iterdir()) if place.is_dir() else [place]
-    paths = [path for path in inside if path.suffix == ".txt"]
+    paths = [path for path in inside if path.suffix == _TEXT]
     records = [path for path in inside if path.suffix in RECORDS]
     if paths and records:
         raise InputError(
             f"{source}: texts are in {paths[0].name} or in {records[0].name}; a folder holds .txt "
             "files or records, not both"
         )
-    texts = map(_read_text, paths) if paths else _read_field(read_records(source), field)
+    return paths or record_files(source)
+
+
+def text_spans(path: epath.Path) -> list[Span]:
+    """Cuts a file of `text_files` into stretches that several readers may share."""
+    return [WHOLE] if path.suffix == _TEXT else spans(path)
+
+
+def read_text_span(path: epath.Path, span: Span = WHOLE, *, field: str = "text") -> Iterator[str]:
+    """The texts of one stretch of a file of `text_files`, as `read_texts` gives them.
+
+    Raises:
+      InputError: as `read_texts`.
+    """
+    if path.suffix == _TEXT:
+        texts: Iterable[str] = map(_read_text, [path])
+    else:
+        texts = _read_field(read_span(path, span), field)
     return (text.strip() for text in texts if text.strip())
 
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jax.data import next_token_labels, pack, row_key
+from distill_jax.data import next_token_labels, pack, packing, row_key
 
 examples = settings(derandomize=True, deadline=None, max_examples=200)
 documents = st.lists(st.lists(st.integers(1, 10**6), max_size=30), max_size=12)
@@ -32,6 +32,29 @@ def test_segments_count_from_one_and_none_holds_two_documents(documents, length)
         row_owners = [next(owners) for _ in real]
         changes = np.diff(row_owners) > 0
         assert np.array_equal(changes, np.diff(real) == 1)
+
+
+@given(
+    parts=st.lists(st.tuples(st.sampled_from("ab"), documents), max_size=6),
+    length=st.integers(2, 40),
+    order=st.randoms(use_true_random=False),
+)
+@examples
+def test_parts_that_are_cut_alone_give_the_rows_of_all(parts, length, order):
+    named = [((split, number), documents) for number, (split, documents) in enumerate(parts)]
+    order.shuffle(named)  # whoever is first
+    starts = packing.starts((name, sum(map(len, documents))) for name, documents in named)
+    rows = {}
+    for name, documents in named:
+        for row, offset, pieces in packing.cut(documents, length, start=starts[name]):
+            rows.setdefault((name[0], row), []).append((offset, pieces))
+    for split in "ab":
+        together = [document for of, documents in parts for document in documents if of == split]
+        expected = list(pack(together, length, pad_id=9))
+        assert sorted(row for of, row in rows if of == split) == list(range(len(expected)))
+        for row, pair in enumerate(expected):
+            laid = packing.lay(packing.join(rows[split, row]), length, pad_id=9)
+            np.testing.assert_array_equal(laid, pair)
 
 
 def test_a_long_document_goes_on_in_the_next_row():

@@ -10,7 +10,7 @@ from etils import epath
 from etils.epath import backend, gpath
 
 from distill_jax.artifacts import InputError
-from distill_jax.data import Rejects, read_records
+from distill_jax.data import Rejects, read_records, records
 
 RECORDS = [
     {"id": 1, "turns": [{"role": "user", "content": "zwö"}, {"role": "assistant", "content": "2"}]},
@@ -79,9 +79,13 @@ def test_a_folder_gives_its_files_by_name(tmp_path):
     assert [record["id"] for _, record in read_records(tmp_path)] == [0, 1, 2, 3]
 
 
+def write_tfds(directory):
+    Builder(data_dir=directory, file_format="array_record").download_and_prepare()
+    return directory / "chats" / "1.0.0"
+
+
 def test_a_tfds_dataset_gives_its_split(tmp_path):
-    Builder(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    place = tmp_path / "chats" / "1.0.0"
+    place = write_tfds(tmp_path)
     found = list(read_records(place, split="train[:2]"))
     assert [where for where, _ in found] == [f"{place}: train[:2] record {n}" for n in (1, 2)]
     # TFDS keeps a sequence of records by column, and a dataset as it is.
@@ -91,6 +95,41 @@ def test_a_tfds_dataset_gives_its_split(tmp_path):
         with pytest.raises(InputError, match=r"1\.0\.0: split '") as caught:
             list(read_records(place, split=split))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 20, 1000])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_spans_of_lines_share_them_out(tmp_path, monkeypatch, size, end):
+    monkeypatch.setattr(records, "_SPAN_BYTES", size)
+    path = tmp_path / "a.jsonl"
+    lines = ['{"a": "é"}', "", '{"a": 1}', " " * 9, '{"long": "' + "x" * 30 + '"}', '{"a": 2}\r']
+    path.write_bytes(("\n".join(lines) + end).encode())
+    spans = records.spans(epath.Path(path))
+    assert len(spans) == -(-path.stat().st_size // size)
+    found = [record for span in spans for _, record in records.read_span(path, span)]
+    assert found == [json.loads(line) for line in lines if line.strip()]
+
+
+def test_spans_of_tables_and_datasets_share_them_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_SPAN_RECORDS", 2)
+    table = pyarrow.table({"a": list(range(10))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    for path, counts in (
+        (epath.Path(tmp_path / "a.parquet"), [4, 4, 2]),
+        (epath.Path(write_tfds(tmp_path)), [2, 1]),
+    ):
+        parts = [list(records.read_span(path, span)) for span in records.spans(path)]
+        assert list(map(len, parts)) == counts
+        # Places as well: those of rows count from the file's first.
+        assert [found for part in parts for found in part] == list(read_records(path))
+
+
+def test_a_bad_line_is_placed_from_the_start_of_its_span(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_SPAN_BYTES", 15)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n{"a"\n')
+    with pytest.raises(InputError, match=r"a\.jsonl: line 2 after byte 15: not JSON"):
+        list(records.read_span(path, records.spans(epath.Path(path))[1]))
 
 
 def test_files_lie_in_a_bucket_too(monkeypatch):
