@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Iterator
 
-import jax
 import rich.console
 import rich.progress
 
@@ -22,7 +21,8 @@ class Bar:
         self._tokens = 0
         self._start = self._printed = time.monotonic()
         self._rich: rich.progress.Progress | None = None
-        self._silent = jax.distributed.is_initialized() and jax.process_index() > 0
+        jax = sys.modules.get("jax")  # who never imported it is no process of several
+        self._silent = bool(jax and jax.distributed.is_initialized() and jax.process_index() > 0)
         if self._console.is_terminal and not self._silent:
             self._rich = rich.progress.Progress(
                 rich.progress.TextColumn("[bold]{task.description}"),

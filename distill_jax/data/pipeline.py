@@ -1,16 +1,15 @@
 """Batches for every loop: shuffled anew each epoch, resumable in the middle, split over hosts."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import grain
 import numpy as np
 
 from distill_jax.artifacts import InputError
 from distill_jax.data.packing import next_token_labels
 
-# Counted in batches. Grain's default of 500 would hold gigabytes of stored targets.
-_READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+if TYPE_CHECKING:
+    import grain
 
 
 class RowSource(Protocol):
@@ -33,7 +32,7 @@ def batches(
     epochs: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """Iterates over batches of rows.
 
     Batch number g of an epoch holds the same rows however many processes share it; each process
@@ -59,6 +58,8 @@ def batches(
     Raises:
       InputError: `source` is smaller than a batch, or processes cannot share a batch evenly.
     """
+    import grain  # imports JAX, which whoever only makes a corpus need not have
+
     if batch_rows < 1 or batch_rows % process_count:
         raise InputError(f"batch_rows: {batch_rows} rows do not divide over {process_count} hosts")
     if not 0 <= process_index < process_count:
@@ -66,6 +67,8 @@ def batches(
     used = len(source) // batch_rows * batch_rows
     if not used:
         raise InputError(f"batch_rows: {batch_rows} is more than the {len(source)} rows there are")
+    # Counted in batches. Grain's default of 500 would hold gigabytes of stored targets.
+    read_ahead = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
     rows = grain.MapDataset.source(source).seed(seed)
     if shuffle:
         rows = rows.shuffle()
@@ -74,7 +77,7 @@ def batches(
         .map(to_example)
         .batch(batch_rows // process_count, drop_remainder=True)
         .repeat(epochs)
-        .to_iter_dataset(_READ_AHEAD)
+        .to_iter_dataset(read_ahead)
     )
 
 
