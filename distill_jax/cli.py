@@ -23,6 +23,8 @@ examples:
       a parameter of the config file's get_config, and any field of its recipe by dotted name
   distill-jax prune configs/tiny.py --out runs/mine
       one stage alone; the stages that it reads must have been run there
+  distill-jax corpus configs/tiny.py --out runs/mine --runner DirectRunner
+      the corpus in an Apache Beam pipeline; with DataflowRunner one beyond a machine
   distill-jax search configs/tiny.py --out runs/mine --parameters 4e5 5e5
       which shape of that size predicts best right after the cut; needs corpus and teachers
   distill-jax compile configs/llama3_2_1b.py --topology v5e:16x16 --batch 1 2 4
@@ -108,7 +110,16 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_recipe_options(add("run", "run all stages of a recipe", commands.run), None)
     for name in stages.COMMANDS:
-        _add_recipe_options(add(name, _STAGE_HELP[name], commands.run), name)
+        stage = add(name, _STAGE_HELP[name], commands.run)
+        _add_recipe_options(stage, name)
+        if name == "corpus":
+            stage.add_argument(
+                "--runner",
+                nargs="+",
+                metavar=("NAME", "OPTION=VALUE"),
+                help="make the same rows in an Apache Beam pipeline: DirectRunner, DataflowRunner, "
+                "... with Beam's options; --out may then be gs://",
+            )
     search = add("search", "find the shape to prune to, at a given cost", commands.search)
     _add_search_options(search)
     plan = add("compile", "plan a stage on a TPU slice, without one", commands.compile)

@@ -87,7 +87,7 @@ def _recipe_and_directory(options: argparse.Namespace) -> tuple[Recipe, epath.Pa
     recipe = load_recipe(options.config, options.set)
     preflight.check(recipe)
     out = options.out or f"runs/{recipe.name}"
-    if "://" in out:
+    if "://" in out and getattr(options, "runner", None) is None:
         raise InputError(f"--out {out}: must be a local or mounted directory")
     return recipe, epath.Path(out)
 
@@ -97,7 +97,8 @@ def _run_recipe(options: argparse.Namespace) -> dict[str, Any]:
     typed = ["scripts/run", options.config, *(f"--set={text}" for text in options.set)]
     typed += ["--out", options.out] if options.out else []
     profile = training.parse_steps(options.profile) if options.profile else None
-    run = stages.Run(recipe, directory, commands=(shlex.join(typed),), profile=profile)
+    runner = getattr(options, "runner", None)
+    run = stages.Run(recipe, directory, (shlex.join(typed),), profile, runner)
     figures = pipeline.run(
         stages.all_stages(run), directory, command=options.stage, overwrite=options.overwrite
     )

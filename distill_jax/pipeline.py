@@ -146,7 +146,7 @@ def _inputs_of(wanted: Sequence[Stage], stages: Sequence[Stage]) -> set[str]:
 @contextlib.contextmanager
 def _alone(directory: epath.Path) -> Iterator[None]:
     """Holds the run's directory, since two runs in it would spoil each other's work."""
-    if not parallel.is_main():
+    if not parallel.is_main() or artifacts.is_remote(directory):  # a bucket has no locks
         yield
         return
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 import json
 import pathlib
 import socket
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,23 @@ def test_wrong_input_ends_in_one_line(arguments, message, capsys, tmp_path, monk
     assert said[0].startswith("distill-jax: error: ")
     assert message in said[0]
     assert not list(tmp_path.rglob("*.json"))  # nothing was begun
+
+
+def test_a_runner_without_beam_is_one_clear_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "distill_jax.data.on_beam", raising=False)
+    command = ["corpus", TINY, "--out", str(tmp_path)]
+    assert cli.main([*command, "--runner", "DirectRunner", "direct_num_workers=2"]) == 2
+    assert capsys.readouterr().err == (
+        "distill-jax: error: --runner: Apache Beam is not installed; `scripts/setup beam` makes "
+        ".venv-beam with it\n"
+    )
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_only_a_runner_writes_a_bucket(capsys):
+    assert cli.main(["corpus", TINY, "--out", "gs://bucket/run"]) == 2
+    assert "--out gs://bucket/run: must be a local" in capsys.readouterr().err
 
 
 def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch):

@@ -344,3 +344,10 @@ def test_a_job_that_cannot_be_is_told_in_one_line(load, changes, message):
 def test_a_job_that_is_not_there_is_named(launching, tmp_path):
     with pytest.raises(InputError, match=r"nothing\.toml: No such file or directory"):
         launching.job.load_job(tmp_path / "nothing.toml")
+
+
+def test_workers_have_the_beam_of_the_environment_that_starts_them():
+    requirements = ROOT / "scripts" / "requirements"
+    image = re.search(r"beam_python.*:(\S+)", (FOLDER / "beam.Dockerfile").read_text())
+    for name in ("beam.txt", "beam_worker.txt"):
+        assert f"apache-beam=={image[1]} " in (requirements / name).read_text()

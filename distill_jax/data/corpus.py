@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -74,13 +74,27 @@ class CorpusConfig:
         return getattr(self, f"{split}_rows")
 
 
+Write = Callable[[CorpusConfig, Tokenizer, epath.Path], dict[str, dict[str, Any]]]
+"""Who makes a corpus's dataset, and says the figures of each split."""
+
+
 def build_corpus(
-    config: CorpusConfig, tokenizer: Tokenizer, directory: str | os.PathLike[str]
+    config: CorpusConfig,
+    tokenizer: Tokenizer,
+    directory: str | os.PathLike[str],
+    *,
+    write: Write | None = None,
 ) -> dict[str, Any]:
     """Deduplicates, splits, tokenises and packs texts, and writes the rows under `directory`.
 
     Every passage opens with the beginning-of-text token if the tokenizer's model was trained so.
     A build that was interrupted starts anew; one that is finished is left as it is.
+
+    Args:
+      config: which texts, and how they become rows.
+      tokenizer: that makes the ids.
+      directory: where.
+      write: another way to the same rows, such as `on_beam.writer`; this process alone by default.
 
     Returns:
       Figures of each split: rows, tokens and its content's fingerprint.
@@ -102,11 +116,7 @@ def build_corpus(
         return manifest["splits"]
     if config.end_of_text and tokenizer.eos_id is None:
         raise InputError("end_of_text: the tokenizer has no end-of-text token")
-    counts = _count_passages(config)
-    with progress.bar("corpus", sum(counts.values()), unit="passages") as bar:
-        splits = {split: _Rows(split, config, tokenizer, bar.advance) for split in counts}
-        dataset.write_dataset(place, splits, sequence_length=config.sequence_length)
-    figures = {split: rows.figures() for split, rows in splits.items()}
+    figures = (write or _write_here)(config, tokenizer, place)
     artifacts.write_json(place / _MANIFEST, {**wanted, "splits": figures})
     return figures
 
@@ -189,73 +199,117 @@ def open_corpus(
 def passages(config: CorpusConfig) -> Iterator[tuple[str, str]]:
     """Every distinct passage as (split, text), in the order of the sources."""
     seen = set()
-    sources: list[tuple[str, bool]] = [(config.source, False)]
-    if config.out_of_domain is not None:
-        sources.append((config.out_of_domain, True))
-    for source, out_of_domain in sources:
+    for number, source in enumerate(sources(config)):
         for text in texts.read_texts(source, field=config.field):
-            digest = hashlib.sha256(text.encode()).digest()
-            if digest not in seen:
-                seen.add(digest)
-                yield OUT_OF_DOMAIN if out_of_domain else _draw_split(digest, config), text
+            key = digest(text)
+            if key not in seen:
+                seen.add(key)
+                yield split_of(key, number, config), text
 
 
-def _draw_split(digest: bytes, config: CorpusConfig) -> str:
-    draw = hashlib.sha256(f"{config.seed}:".encode() + digest).digest()
+def sources(config: CorpusConfig) -> list[str]:
+    """Where texts come from, in order; of a text in both the first has it."""
+    return [config.source] + ([] if config.out_of_domain is None else [config.out_of_domain])
+
+
+def digest(text: str) -> bytes:
+    """Stands for a passage's text."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def split_of(key: bytes, source: int, config: CorpusConfig) -> str:
+    """The split of a passage with this digest, from the source of this number."""
+    if source:
+        return OUT_OF_DOMAIN
+    draw = hashlib.sha256(f"{config.seed}:".encode() + key).digest()
     held_out = int.from_bytes(draw[:8], "big") < config.held_out_fraction * 2**64
     return HELD_OUT if held_out else TRAIN
 
 
-def _count_passages(config: CorpusConfig) -> dict[str, int]:
-    counts = collections.Counter(split for split, _ in passages(config))
+def check_counts(config: CorpusConfig, counts: Mapping[str, int]) -> dict[str, int]:
+    """Distinct passages of each split that the corpus is to have.
+
+    Raises:
+      InputError: one of them gets none.
+    """
     expected = SPLITS if config.out_of_domain is not None else (TRAIN, HELD_OUT)
     for split in expected:
-        if not counts[split]:
+        if not counts.get(split):
             source = config.out_of_domain if split == OUT_OF_DOMAIN else config.source
             raise InputError(
-                f"{source}: too few passages ({counts.total()} in all), none is left for {split}"
+                f"{source}: too few passages ({sum(counts.values())} in all), "
+                f"none is left for {split}"
             )
     return {split: counts[split] for split in expected}
 
 
-class _Rows:
-    """The rows of one split, counted and hashed as they pass by."""
+def encode(
+    passages: Iterable[str], config: CorpusConfig, tokenizer: Tokenizer
+) -> Iterator[list[int]]:
+    """The token ids of each passage, opened and closed as the corpus wants it."""
+    end = tokenizer.eos_id if config.end_of_text else None
+    ending = [] if end is None else [end]
+    waiting = iter(passages)
+    while chunk := list(itertools.islice(waiting, _PASSAGES_AT_ONCE)):
+        for ids in tokenizer.encode_batch(chunk, bos=tokenizer.adds_bos):
+            yield ids + ending
 
-    def __init__(
-        self,
-        split: str,
-        config: CorpusConfig,
-        tokenizer: Tokenizer,
-        advance: Callable[..., None],
-    ):
-        self._split, self._config, self._tokenizer = split, config, tokenizer
-        self._advance = advance
+
+def record(row_id: int, tokens: np.ndarray, segment_ids: np.ndarray) -> dict[str, Any]:
+    """A row as the dataset has it."""
+    key = packing.row_key(tokens, segment_ids)
+    return {"row_id": row_id, "key": key, "tokens": tokens, "segment_ids": segment_ids}
+
+
+class Tally:
+    """Rows of one split, counted and hashed as they pass by in their order."""
+
+    def __init__(self, split: str):
+        self.split = split
         self._hash = hashlib.sha256(split.encode())
         self._rows = self._tokens = 0
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows = packing.pack(
-            self._documents(), self._config.sequence_length, pad_id=self._tokenizer.pad_id
-        )
-        for tokens, segment_ids in itertools.islice(rows, self._config.rows(self._split)):
-            key = packing.row_key(tokens, segment_ids)
-            yield {"row_id": self._rows, "key": key, "tokens": tokens, "segment_ids": segment_ids}
-            self._hash.update(key.encode())
-            self._rows += 1
-            self._tokens += int(np.count_nonzero(segment_ids))
+    def add(self, keys: str, rows: int, tokens: int) -> None:
+        """Counts rows that follow, with their keys joined and how many tokens they hold."""
+        self._hash.update(keys.encode())
+        self._rows += rows
+        self._tokens += tokens
 
     def figures(self) -> dict[str, Any]:
+        """What the manifest says of the split."""
         return {
             "rows": self._rows,
             "tokens": self._tokens,
             "fingerprint": self._hash.hexdigest()[:16],
         }
 
-    def _documents(self) -> Iterator[list[int]]:
-        end = self._tokenizer.eos_id if self._config.end_of_text else None
-        ending = [] if end is None else [end]
-        of_split = (text for split, text in passages(self._config) if split == self._split)
-        while chunk := list(itertools.islice(of_split, _PASSAGES_AT_ONCE)):
-            documents = self._tokenizer.encode_batch(chunk, bos=self._tokenizer.adds_bos)
-            self._advance(len(chunk), tokens=sum(map(len, documents)))
-            yield from (ids + ending for ids in documents)
+
+def _write_here(
+    config: CorpusConfig, tokenizer: Tokenizer, place: epath.Path
+) -> dict[str, dict[str, Any]]:
+    """In this process alone."""
+    counts = check_counts(config, collections.Counter(split for split, _ in passages(config)))
+    tallies = {split: Tally(split) for split in counts}
+    with progress.bar("corpus", sum(counts.values()), unit="passages") as bar:
+        splits = {
+            split: _rows(config, tokenizer, tally, bar.advance) for split, tally in tallies.items()
+        }
+        dataset.write_dataset(place, splits, sequence_length=config.sequence_length)
+    return {split: tally.figures() for split, tally in tallies.items()}
+
+
+def _rows(
+    config: CorpusConfig, tokenizer: Tokenizer, tally: Tally, advance: Callable[..., None]
+) -> Iterator[dict[str, Any]]:
+    of_split = (text for split, text in passages(config) if split == tally.split)
+
+    def documents() -> Iterator[list[int]]:
+        for ids in encode(of_split, config, tokenizer):
+            advance(tokens=len(ids))
+            yield ids
+
+    rows = packing.pack(documents(), config.sequence_length, pad_id=tokenizer.pad_id)
+    for number, row in enumerate(itertools.islice(rows, config.rows(tally.split))):
+        made = record(number, *row)
+        yield made
+        tally.add(made["key"], 1, int(np.count_nonzero(made["segment_ids"])))

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import writer
 from tensorflow_datasets.proto import tf_example_pb2
+
+from distill_jax import artifacts
 
 _NAME, _VERSION = "corpus", "1.0.0"
 
@@ -23,7 +25,11 @@ class _CanonicalWriter(writer.ExampleWriter):
 
     def write(self, path, examples):
         """Writes one shard from (key, serialised example) pairs."""
-        return super().write(path, ((key, _canonical(example)) for key, example in examples))
+        canonical = ((key, _canonical(example)) for key, example in examples)
+        if not artifacts.is_remote(path):
+            return super().write(path, canonical)
+        with artifacts.committed(path) as local:  # ArrayRecord knows no object store
+            return super().write(local, canonical)
 
 
 def _canonical(example: bytes) -> bytes:
@@ -41,7 +47,7 @@ class _RowsBuilder(tfds.core.GeneratorBasedBuilder):
 
     def __init__(
         self,
-        splits: Mapping[str, Iterable[Mapping[str, Any]]],
+        splits: Any,
         *,
         sequence_length: int,
         data_dir: epath.Path,
@@ -77,6 +83,15 @@ class _RowsBuilder(tfds.core.GeneratorBasedBuilder):
             yield row["row_id"], row
 
 
+class _BeamRowsBuilder(_RowsBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Rows that come out of a Beam pipeline, which `splits` adds to: (row_id, row) of each."""
+
+    name = _NAME
+
+    def _split_generators(self, dl_manager, pipeline=None) -> dict[str, Any]:
+        return self._splits(pipeline)
+
+
 def write_dataset(
     directory: epath.Path,
     splits: Mapping[str, Iterable[Mapping[str, Any]]],
@@ -84,12 +99,39 @@ def write_dataset(
     sequence_length: int,
 ) -> None:
     """Writes the dataset anew; what an interrupted call left is removed first."""
+    _write(_RowsBuilder, directory, splits, sequence_length, None)
+
+
+def write_dataset_on_beam(
+    directory: epath.Path,
+    splits: Callable[[Any], Mapping[str, Any]],
+    *,
+    sequence_length: int,
+    runner: str,
+    options: Any,
+) -> None:
+    """`write_dataset` in a Beam pipeline.
+
+    Args:
+      directory: where.
+      splits: adds to a pipeline and returns, for each split, a collection of (row_id, row).
+      sequence_length: of a row.
+      runner: Beam's name of what runs the pipeline.
+      options: Beam's PipelineOptions.
+    """
+    config = tfds.download.DownloadConfig(beam_runner=runner, beam_options=options)
+    _write(_BeamRowsBuilder, directory, splits, sequence_length, config)
+
+
+def _write(
+    make: type[_RowsBuilder], directory: epath.Path, splits: Any, sequence_length: int, config: Any
+) -> None:
     (directory / _NAME).rmtree(missing_ok=True)
-    builder = _RowsBuilder(splits, sequence_length=sequence_length, data_dir=directory)
+    builder = make(splits, sequence_length=sequence_length, data_dir=directory)
     tfds.disable_progress_bar()
     # TFDS prints to stdout, where a command's result goes.
     with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
+        builder.download_and_prepare(download_config=config)
 
 
 def open_dataset(directory: epath.Path, split: str):

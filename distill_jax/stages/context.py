@@ -31,12 +31,14 @@ class Run:
       directory: where every stage has a directory of its name.
       commands: what a person types to make this run, for the report.
       profile: the first and the last of the steps of every training that are traced.
+      runner: of Apache Beam, for the corpus: its name and its options; None for this process.
     """
 
     recipe: Recipe
     directory: epath.Path
     commands: tuple[str, ...] = ()
     profile: tuple[int, int] | None = None
+    runner: Sequence[str] | None = None
 
     @functools.cached_property
     def mesh(self) -> Mesh:

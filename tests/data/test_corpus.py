@@ -139,8 +139,8 @@ def run_build(config, tokenizer, folder, before=""):
     """Builds into `folder`/corpus in a process of its own, after the statements `before`."""
     tokenizer.save(folder / "tokenizer")
     script = f"""
-from distill_jax import data
 {before}
+from distill_jax import data
 tokenizer = data.load_tokenizer({str(folder / "tokenizer")!r})
 data.build_corpus(data.{config!r}, tokenizer, {str(folder / "corpus")!r})
 """
@@ -272,6 +272,12 @@ def test_wrong_sources_leave_nothing_behind(sources, tokenizer, tmp_path, change
     with pytest.raises(InputError, match=message):
         data.build_corpus(make_config(sources, **changes), tokenizer, tmp_path)
     assert files_of(tmp_path) == {}
+
+
+def test_a_corpus_is_made_without_jax(built, sources, tokenizer, tmp_path):
+    absent = "import sys; sys.modules.update(dict.fromkeys(['jax', 'flax', 'grain', 'orbax']))"
+    assert run_build(make_config(sources), tokenizer, tmp_path, before=absent) == 0
+    assert files_of(tmp_path / "corpus") == files_of(built[0])
 
 
 def test_batches_of_a_corpus(built):
