@@ -1,5 +1,6 @@
 import os
 
+import numpy as np
 import pytest
 from etils import epath
 
@@ -60,6 +61,25 @@ def test_fingerprints_follow_content(tmp_path):
     (tmp_path / "folder" / "a").write_text("ONE")
     assert file != artifacts.fingerprint_path(tmp_path / "folder" / "a")
     assert artifacts.fingerprint({"a": 1, "b": 2}) == artifacts.fingerprint({"b": 2, "a": 1})
+
+
+def test_of_many_files_each_gives_a_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "_FOLDER_BYTES", 100)
+    for number in range(10):
+        (tmp_path / f"{number}").write_bytes(bytes(1000))
+    first = artifacts.fingerprint_path(tmp_path)
+    seen = []
+    for content in (bytes(500) + b"x" + bytes(499), bytes(9) + b"x" + bytes(990), bytes(1001)):
+        (tmp_path / "7").write_bytes(content)
+        seen.append(artifacts.fingerprint_path(tmp_path) != first)
+    assert seen == [False, True, True]  # ten bytes of each are read, and its size
+
+
+def test_a_fingerprint_stays_what_it_was(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, size in (("a", 1000), ("b", (65 << 20) + 17)):
+        (tmp_path / name).write_bytes(rng.bytes(size))
+    assert artifacts.fingerprint_path(tmp_path) == "9a146bf597618523"
 
 
 def test_diff_names_every_leaf_that_differs():
