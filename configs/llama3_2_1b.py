@@ -37,6 +37,7 @@ from distill_jax.training import OptimizerConfig, TrainConfig
 LLAMA_3_1_8B = os.environ.get("LLAMA_3_1_8B", "Llama-3.1-8B")
 LLAMA_3_1_70B = os.environ.get("LLAMA_3_1_70B", "Llama-3.1-70B")
 CORPUS = os.environ.get("CORPUS", "corpus.jsonl")
+ROWS = 256  # at a time, outside of distillation: one for each chip of a v5e:16x16
 
 
 def get_config(
@@ -52,11 +53,11 @@ def get_config(
     posttraining = PostTrainingConfig(
         task="capitals",
         sft=SftConfig(sequence_length=4096, template=LLAMA3),
-        sft_train=_train(200, 1e-5, batch_rows=64),
+        sft_train=_train(200, 1e-5, batch_rows=ROWS),
         rejection=RejectionConfig(samples=30, template=LLAMA3),
-        rejection_train=_train(200, 1e-5, batch_rows=64),
+        rejection_train=_train(200, 1e-5, batch_rows=ROWS),
         dpo=DpoConfig(),
-        dpo_train=_train(100, 1e-5, batch_rows=64),
+        dpo_train=_train(100, 1e-5, batch_rows=ROWS),
     )
     *before, last = (
         dataclasses.replace(
@@ -79,7 +80,7 @@ def get_config(
         teachers={name: TeacherConfig(source=source) for name, source in sources.items()},
         targets=TargetsConfig(
             schemes={"samples": Threshold(tau=0.04)},
-            write=WriteConfig(batch_rows=64, rows_per_shard=4096),
+            write=WriteConfig(batch_rows=ROWS, rows_per_shard=4096),
         ),
         pruned_teacher="8b",
         prune=PruneConfig(target=presets.LLAMA_3_2_1B, sequence_rows=256),
@@ -90,7 +91,7 @@ def get_config(
         ),
         posttraining_rounds=tuple(before),
         posttraining=last,
-        evaluation=EvaluationConfig(batch_rows=64, chunk_tokens=8192),
+        evaluation=EvaluationConfig(batch_rows=ROWS, chunk_tokens=8192),
         prompts=("The capital of France is",),
         mesh=MeshConfig(fsdp=-1),
     )

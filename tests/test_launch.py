@@ -16,6 +16,7 @@ import pytest
 
 from distill_jax import parallel
 from distill_jax.artifacts import InputError
+from distill_jax.recipe import load_recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "scripts" / "launching"
@@ -281,7 +282,7 @@ def test_a_job_set_has_a_pod_for_every_host_and_ends_at_errors(load, launching):
     (container,) = pod["containers"]
     assert container["name"] == rule["onExitCodes"]["containerName"]
     assert container["command"] == ["bash", "-c", job.command]
-    assert {"name": "CORPUS", "value": "/bucket/corpus.jsonl"} in container["env"]
+    assert {"name": "CORPUS", "value": "gs://my-bucket/corpus"} in container["env"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
 
 
@@ -344,6 +345,16 @@ def test_a_job_that_cannot_be_is_told_in_one_line(load, changes, message):
 def test_a_job_that_is_not_there_is_named(launching, tmp_path):
     with pytest.raises(InputError, match=r"nothing\.toml: No such file or directory"):
         launching.job.load_job(tmp_path / "nothing.toml")
+
+
+def test_the_example_has_rows_for_every_chip(load):
+    job = load()
+    recipe = load_recipe(job.recipe, job.set)
+    rows = [recipe.targets.write.batch_rows, recipe.evaluation.batch_rows]
+    trained = [recipe.distill.train, *recipe.posttraining.trainings.values()]
+    rows += [train.batch_rows // train.accumulation for train in trained]
+    assert len(rows) == 6
+    assert not any(count % (job.slices * job.slice.chips) for count in rows)
 
 
 def test_workers_have_the_beam_of_the_environment_that_starts_them():
