@@ -24,6 +24,8 @@ IDS_64 = ("targets.schemes.samples.tau=0.0158",)  # at most 64 ids a token and t
 LONG = (*IDS_64, "corpus.sequence_length=32768")
 SHARED = (*LONG, "mesh.fsdp=64", "mesh.sequence=4")
 LONGEST = (*IDS_64, "corpus.sequence_length=131072", "mesh.fsdp=16", "mesh.sequence=16")
+PARTS_OF_256 = (*IDS_64, "mesh.fsdp=256")
+REPLICAS = (*PARTS_OF_256, "mesh.data=16")
 ROWS = (
     # name, recipe, overrides, stage, slice, rows a device, what is recomputed
     ("1B, one row", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 1, "full"),
@@ -32,6 +34,8 @@ ROWS = (
     ("1B, 16 rows", "llama3_2_1b", IDS_64, "distill", "v5e:16x16", 16, "full"),
     ("1B on v5p", "llama3_2_1b", IDS_64, "distill", "v5p:4x4x8", 4, "dots"),
     ("1B on v6e", "llama3_2_1b", IDS_64, "distill", "v6e:16x16", 4, "dots"),
+    ("1B, on 256 chips", "llama3_2_1b", PARTS_OF_256, "distill", "v5p:4x8x8", 1, "full"),
+    ("1B, on 4,096 chips", "llama3_2_1b", REPLICAS, "distill", "v5p:16x16x16", 1, "full"),
     ("3B, one row", "llama3_2_3b", IDS_64, "distill", "v5e:16x16", 1, "full"),
     ("1B, long rows", "llama3_2_1b", LONG, "distill", "v5e:16x16", 1, "full"),
     ("1B, long rows of four chips", "llama3_2_1b", SHARED, "distill", "v5e:16x16", 1, "full"),
