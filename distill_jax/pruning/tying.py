@@ -10,7 +10,7 @@ normed hidden states, over the calibration tokens,
 
 U is taken less its mean over tokens, which no softmax sees. For a given g every token has a
 solution of its own, (w' f_v + diag(g) G diag(g)) M_v = w' f_v E_v + diag(g) G U_v with
-G = sum h h^T, and one eigendecomposition serves all; for a given M, g solves
+G = sum h h^T, and one tridiagonal matrix serves all; for a given M, g solves
 (G * M^T M) g = diag(G U^T M). The two steps alternate. Without it, a student that keeps the
 embedding alone reads its hidden states through a matrix that was never made for them.
 
@@ -30,10 +30,14 @@ from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.pruning.activations import Batch, tokens_and_segments
 from distill_jax.pruning.elimination import exact_dot
+from distill_jax.pruning.least_squares import Sums, solve
 from distill_jax.pruning.plan import Plan
 from distill_jax.pruning.repair import split_matrices, split_rows
+from distill_jax.pruning.tridiagonal import solve_shifted
 
 _ROUNDS = 4
+_RIDGE = 1e-6
+"""Of the gain, as in `least_squares.solve`; it guards against rounding alone."""
 
 
 class TyingSums(NamedTuple):
@@ -105,17 +109,15 @@ def tie(
     # A token that no calibration row holds is read all the same.
     reads_V = sums.counts + 1
     power = jnp.sum(exact_dot(U_VD.T, U_VD) * G_DD)
-    pull_V1 = (reads_V * weight * power / jnp.sum(reads_V * jnp.sum(E_VD**2, axis=1)))[:, None]
+    pull_V = reads_V * weight * power / jnp.sum(reads_V * jnp.sum(E_VD**2, axis=1))
     GU_VD = split(exact_dot(U_VD, G_DD))
 
     def improve(_: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         M_VD = found[0]
-        A_DD = G_DD * exact_dot(M_VD.T, M_VD)
-        ridge = 1e-6 * jnp.diag(jnp.diagonal(A_DD))
-        gain_D = jnp.linalg.solve(A_DD + ridge, jnp.sum(GU_VD * M_VD, axis=0))
-        values, Q_DD = jnp.linalg.eigh(gain_D[:, None] * G_DD * gain_D)
-        wanted_VD = exact_dot(pull_V1 * E_VD + GU_VD * gain_D, Q_DD)
-        M_VD = split(exact_dot(wanted_VD / (pull_V1 + jnp.maximum(values, 0)), Q_DD.T))
+        wanted_D1 = jnp.sum(GU_VD * M_VD, axis=0)[:, None]
+        gain_D = solve(Sums(G_DD * exact_dot(M_VD.T, M_VD), wanted_D1), _RIDGE, mesh)[:, 0]
+        wanted_VD = pull_V[:, None] * E_VD + GU_VD * gain_D
+        M_VD = split(solve_shifted(gain_D[:, None] * G_DD * gain_D, pull_V, wanted_VD, mesh))
         return M_VD, gain_D
 
     M_VD, gain_D = jax.lax.fori_loop(0, _ROUNDS, improve, (E_VD, jnp.ones(len(kept))))
