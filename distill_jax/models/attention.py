@@ -14,7 +14,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 from distill_jax.models.times import Times
 
@@ -29,19 +29,44 @@ _MOST_TILES = 16  # each is compiled
 _BLOCK = 1024  # twice as much does not fit a v5e's vector memory
 
 
-def segment_attention(segment_ids_BT: Array, times: Times | None = None) -> Attend:
+def segment_attention(
+    segment_ids_BT: Array, times: Times | None = None, rows: Sharding | None = None
+) -> Attend:
     """Causal attention that stays inside a segment; uses no cache.
 
     With `times` queries, keys and values are those of a device's times, segments those of all.
+    With `rows` on a mesh, the sharding of a batch, every device attends in rows of its own, though
+    the compiler splits all else.
 
     On a TPU it is splash attention (JAX's kernel of FlashAttention, Dao et al. 2022, that skips
     blocks above the diagonal) where every device works on rows of its own, or is alone: the
     compiler cannot split kernels. Elsewhere, and for lengths that are no multiples of 128, it is
     `jax.nn.dot_product_attention` on tiles of queries.
     """
+    if isinstance(rows, NamedSharding):
+        return functools.partial(_on_own_rows, segment_ids_BT, rows)
     piece = segment_ids_BT.shape[1] // (2 * times.shards if times else 1)
     attend = _splash if _kernels() and piece % _TILE == 0 else _in_tiles
     return functools.partial(attend, segment_ids_BT, times)
+
+
+def _on_own_rows(
+    segment_ids_BT: Array, rows: NamedSharding, query: Array, key: Array, value: Array, cache: Any
+) -> tuple[Array, Any]:
+    def attend(segment_ids_BT: Array, query: Array, key: Array, value: Array) -> Array:
+        return segment_attention(segment_ids_BT)(query, key, value, None)[0]
+
+    spec = PartitionSpec(*rows.spec[:1])
+    names = spec[0] if len(spec) else None
+    own = jax.shard_map(
+        attend,
+        mesh=rows.mesh,
+        in_specs=spec,
+        out_specs=spec,
+        axis_names={names} if isinstance(names, str) else set(names or ()),
+        check_vma=False,
+    )
+    return own(segment_ids_BT, query, key, value), cache
 
 
 def _in_tiles(

@@ -341,6 +341,7 @@ def hidden_states(
     observe: Callable[[dict[str, Array]], Any] | None = None,
     reading: Reading = Reading(),
     times: Times | None = None,
+    rows: jax.sharding.Sharding | None = None,
 ) -> Any:
     """Final hidden states [B, T, D], after the last norm.
 
@@ -357,6 +358,8 @@ def hidden_states(
       reading: how devices that hold shares of the parameters come by what they compute with.
       times: those of a device, where several share rows: tokens and segments are of all times,
         everything else, also what is returned, of the device's own.
+      rows: the sharding of a batch, if it lies on a mesh whose work the compiler splits: it cannot
+        split attention well by itself.
 
     Returns:
       hidden_BTD; with `observe`, (hidden_BTD, its results stacked over layers).
@@ -368,7 +371,7 @@ def hidden_states(
     hidden, _, observed = merge(config, params)(
         tokens_BT,
         positions_BT,
-        segment_attention(segment_ids_BT, times),
+        segment_attention(segment_ids_BT, times, rows),
         remat=remat,
         observe=observe,
         reading=reading,

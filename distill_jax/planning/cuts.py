@@ -153,7 +153,13 @@ class _Cut:
         return self._forward(
             "scores",
             lambda: activations.accumulate.lower(
-                totals, self.params, self.tokens_BT, self.tokens_BT, config=source, how=how
+                totals,
+                self.params,
+                self.tokens_BT,
+                self.tokens_BT,
+                config=source,
+                how=how,
+                rows=parallel.batch_sharding(self.mesh),
             ),
             {"sums": totals},
         )

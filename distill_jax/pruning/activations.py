@@ -246,7 +246,7 @@ def zeros(config: models.LlamaConfig) -> dict[str, Any]:
     }
 
 
-@functools.partial(jax.jit, static_argnames=("config", "how"), donate_argnames="totals")
+@functools.partial(jax.jit, static_argnames=("config", "how", "rows"), donate_argnames="totals")
 def accumulate(
     totals: dict[str, Any],
     params: models.Params,
@@ -255,15 +255,16 @@ def accumulate(
     *,
     config: models.LlamaConfig,
     how: Aggregation,
+    rows: jax.sharding.Sharding | None,
 ) -> dict[str, Any]:
-    """The totals with one batch more."""
+    """The totals with one batch more, which lies as `rows` says."""
     where_BT = segment_ids_BT > 0
 
     def observe(layer: dict[str, Array]) -> Any:
         return _observe(layer, where_BT, config.kv_heads, how), layer_powers(layer, where_BT)
 
     hidden_BTD, (observed, powers) = models.hidden_states(
-        config, params, tokens_BT, segment_ids_BT, observe=observe
+        config, params, tokens_BT, segment_ids_BT, observe=observe, rows=rows
     )
     real_row_B = jnp.any(where_BT, axis=1).astype(jnp.float32)
     return {
@@ -292,7 +293,13 @@ def activation_scores(
     for batch in batches:
         tokens, segments = tokens_and_segments(batch, batch_sharding)
         totals = accumulate(
-            totals, model.params, tokens, segments, config=model.config, how=sequence
+            totals,
+            model.params,
+            tokens,
+            segments,
+            config=model.config,
+            how=sequence,
+            rows=batch_sharding,
         )
     powers: Powers = totals.pop("powers")
     arrays = powers.relative(model.params)

@@ -172,6 +172,7 @@ def batch_grams(
         tokens_BT,
         segment_ids_BT,
         observe=lambda layer: {name: gram(layer[name]) for name in names if name != "final"},
+        rows=parallel.batch_sharding(mesh) if mesh else None,
     )
     if "final" in names:
         sums["final"] = gram(hidden)

@@ -67,7 +67,7 @@ def full_layer(
 ) -> tuple[Array, Array]:
     """The stream after attention, and after the MLP."""
     block = llama.block(config, layer)
-    added, _, _ = block.attention(x_BTD, *_surroundings(config, segments_BT), None)
+    added, _, _ = block.attention(x_BTD, *_surroundings(config, segments_BT, mesh), None)
     middle = split_rows(x_BTD + added, mesh)
     added, _ = block.mlp(middle)
     return middle, split_rows(middle + added, mesh)
@@ -79,7 +79,7 @@ def heads(
 ) -> Array:
     """What the output projection reads, [B, T, H C]."""
     block = llama.block(config, layer)
-    _, _, seen = block.attention(x_BTE, *_surroundings(config, segments_BT), None)
+    _, _, seen = block.attention(x_BTE, *_surroundings(config, segments_BT, mesh), None)
     return split_rows(seen["heads"].reshape(*segments_BT.shape, -1), mesh)
 
 
@@ -89,9 +89,12 @@ def neurons(config: models.LlamaConfig, layer: Layer, x_BTE: Array, mesh: Mesh |
     return split_rows(llama.block(config, layer).mlp(x_BTE)[1]["neurons"], mesh)
 
 
-def _surroundings(config: models.LlamaConfig, segments_BT: Array) -> tuple[Any, llama.Attend]:
+def _surroundings(
+    config: models.LlamaConfig, segments_BT: Array, mesh: Mesh | None
+) -> tuple[Any, llama.Attend]:
     angles = llama.rotary_angles(config, llama.segment_positions(segments_BT))
-    return angles, llama.segment_attention(segments_BT)
+    rows = parallel.batch_sharding(mesh) if mesh else None
+    return angles, llama.segment_attention(segments_BT, rows=rows)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

@@ -138,7 +138,9 @@ def batch_sums(
     """Of one batch."""
     where_BT = segments_BT > 0
     # Rows stay split: a matrix of which channels are split would have all tokens gathered.
-    hidden = split_rows(models.hidden_states(config, params, tokens_BT, segments_BT), mesh)
+    rows = parallel.batch_sharding(mesh) if mesh else None
+    hidden = models.hidden_states(config, params, tokens_BT, segments_BT, rows=rows)
+    hidden = split_rows(hidden, mesh)
     hidden = jnp.where(where_BT[..., None], hidden, 0).astype(jnp.float32)
     gram = jnp.einsum("BTD,BTE->DE", hidden, hidden)
     counts = jnp.zeros(config.vocab_size).at[tokens_BT].add(where_BT)
