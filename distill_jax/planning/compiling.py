@@ -20,6 +20,9 @@ their way to the device want some too."""
 
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _LARGER_SLICES = 3
+_SHARING = (2, 4, 8)
+_LONG = 2**14
+"""Tokens of a row from which on devices that share it are tried though it fits one."""
 _WORTH = 1.01
 """What a larger batch must gain in speed for a still larger one to be tried."""
 
@@ -95,13 +98,23 @@ def _ways(
         slices.append((dataclasses.replace(choice, batch=batch, mesh=wider), larger))
         larger = larger.larger()
     shared: list[tuple[Choice, Topology]] = []
-    if question.stage in ("distill", "sft") and refused.batch == 1:
-        for devices in (2, 4, 8):
-            sequence, (fsdp, rest) = mesh.sequence * devices, divmod(mesh.fsdp, devices)
-            if not rest:
-                longer = dataclasses.replace(mesh, fsdp=fsdp, sequence=sequence, fsdp_minor=None)
-                shared.append((dataclasses.replace(choice, batch=1, mesh=longer), topology))
+    if question.shares_rows and refused.batch == 1:
+        shared = [
+            (dataclasses.replace(choice, batch=1, mesh=longer), topology)
+            for longer in _sharing(mesh)
+        ]
     return [remat, rows, shared, slices]
+
+
+def _sharing(mesh: MeshConfig) -> list[MeshConfig]:
+    """The same devices, of which more and more share a row; of the mesh all sizes are given."""
+    found = []
+    for devices in _SHARING:
+        fsdp, rest = divmod(mesh.fsdp, devices)
+        if not rest:
+            sequence = mesh.sequence * devices
+            found.append(dataclasses.replace(mesh, fsdp=fsdp, sequence=sequence, fsdp_minor=None))
+    return found
 
 
 def _try(question: Question, choice: Choice, topology: Topology) -> Report | InputError:
@@ -129,7 +142,8 @@ def sweep(
       topology: on what.
       batches: rows at a time on each device, rising; empty: powers of two.
       remats: empty: all. Without a backward pass they are not looked at.
-      meshes: empty: `usual_meshes`.
+      meshes: empty: `usual_meshes`; and, if rows are long or no choice has room for one, meshes
+        whose devices share rows.
 
     Raises:
       InputError: none of them can run.
@@ -137,12 +151,32 @@ def sweep(
     if not question.trains:
         remats = (None,)  # there is nothing to be computed again
     remats = remats or typing.get_args(Remat)
-    pairs = [(mesh, remat) for mesh in meshes or usual_meshes(topology) for remat in remats]
+    batches = batches or _BATCHES
+    reports, errors = _grown(question, topology, meshes or usual_meshes(topology), remats, batches)
+    long = any(report.tokens >= _LONG * report.rows for report in reports)
+    if not meshes and question.shares_rows and (long or not any(one.fits for one in reports)):
+        shared = _sharing(MeshConfig(fsdp=topology.chips))
+        more, refused = _grown(question, topology, shared, remats, batches)
+        reports, errors = reports + more, errors + refused
+    if not reports:
+        raise errors[0]
+    return reports
+
+
+def _grown(
+    question: Question,
+    topology: Topology,
+    meshes: Sequence[MeshConfig | None],
+    remats: Sequence[Remat | None],
+    batches: Sequence[int | None],
+) -> tuple[list[Report], list[InputError]]:
+    """Reports of every mesh and remat, of each with growing batches; and what cannot run."""
     reports, errors = [], []
+    pairs = [(mesh, remat) for mesh in meshes for remat in remats]
     with progress.bar("sweep", len(pairs), unit="meshes and remats") as bar:
         for mesh, remat in pairs:
             fastest = 0.0
-            for batch in batches or _BATCHES:
+            for batch in batches:
                 report = _try(question, Choice(batch=batch, remat=remat, mesh=mesh), topology)
                 if isinstance(report, InputError):
                     errors.append(report)
@@ -153,9 +187,7 @@ def sweep(
                     break
                 fastest = max(speed, fastest)
             bar.advance()
-    if not reports:
-        raise errors[0]
-    return reports
+    return reports, errors
 
 
 def usual_meshes(topology: Topology) -> list[MeshConfig]:

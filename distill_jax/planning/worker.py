@@ -47,7 +47,12 @@ class Question:
     @property
     def trains(self) -> bool:
         """Whether there is a backward pass."""
-        return self.stage in ("distill", "sft", "dpo")
+        return self.stage in ("distill", "sft", "on-policy", "dpo")
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether several devices may work on one row."""
+        return self.stage in ("distill", "sft", "on-policy")
 
     def programs(self, choice: Choice, topology: Topology) -> list[Program]:
         """What the stage runs.

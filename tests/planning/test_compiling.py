@@ -49,6 +49,8 @@ class Machine:
 
     weights = {"none": 8e9, "dots": 4e9, "attention": 2e9, "full": 1e9}  # noqa: RUF012
 
+    tokens = 1000
+
     def __init__(self, seconds=lambda choice: 0.1):
         self.asked, self.seconds = [], seconds
 
@@ -69,7 +71,8 @@ class Machine:
                 hbm=hbm,
                 mesh={axis: size for axis, size in mesh.items() if size is not None},
                 fits=hbm <= 16e9,
-                tokens=1000 * batch,
+                tokens=self.tokens * batch,
+                rows=batch,
                 step=self.seconds(choice),
             )
         ]
@@ -193,6 +196,32 @@ def test_recommended_is_fast_then_small_and_leaves_room():
     assert planning.recommended([fast, slow, nearly, full, refused]) is nearly
     assert planning.recommended([full, refused]) is full
     assert planning.recommended([refused]) is None
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "tokens", "stage", "shared"),
+    [
+        (40.0, 1000, "distill", {2, 4, 8}),  # of which 20 GB do not fit, and 10 do
+        (1.0, 2**14, "on-policy", {2, 4, 8}),
+        (1.0, 1000, "distill", set()),
+        (40.0, 1000, "dpo", set()),
+    ],
+)
+def test_a_sweep_shares_rows_that_are_long_or_do_not_fit(
+    machine, question, monkeypatch, gigabytes, tokens, stage, shared
+):
+    monkeypatch.setattr(machine, "weights", {"full": gigabytes * 1e9})
+    monkeypatch.setattr(machine, "tokens", tokens)
+    asked = dataclasses.replace(question, stage=stage)
+    found = planning.sweep(asked, V5E, batches=[1], remats=["full"])
+    meshes = [report.mesh for report in found if report.mesh["sequence"] > 1]
+    assert {mesh["sequence"] for mesh in meshes} == shared
+    assert all(mesh["fsdp"] * mesh["sequence"] == 16 for mesh in meshes)
+    if shared and gigabytes == 40:
+        assert planning.recommended(found).mesh["sequence"] in (4, 8)
+    # Whoever names meshes gets those.
+    named = planning.sweep(asked, V5E, batches=[1], remats=["full"], meshes=[MeshConfig()])
+    assert len(named) == 1
 
 
 def test_usual_meshes_arrange_all_chips():
