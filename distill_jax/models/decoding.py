@@ -44,6 +44,7 @@ class Setup:
       teacher_share: the teacher's part of the mixture that is drawn from.
       rows: how rows lie on devices.
       caches: how each model's keys and values do, [R, K, ., .].
+      weights: how the weights of `arrange` do; None leaves one's to JAX.
     """
 
     configs: tuple[LlamaConfig, ...]
@@ -51,6 +52,7 @@ class Setup:
     teacher_share: float
     rows: jax.sharding.Sharding | None
     caches: tuple[jax.sharding.Sharding | None, ...]
+    weights: tuple[Weights | None, ...]
 
 
 class Rows(NamedTuple):
@@ -82,7 +84,11 @@ class Written(NamedTuple):
 @functools.partial(jax.jit, static_argnames="setup")
 def arrange(setup: Setup, params: tuple[Params, ...]) -> tuple[Weights, ...]:
     """The models' weights as `extend` uses them: a copy of all layers."""
-    return tuple(map(decode_step.arrange, setup.configs, params))
+    arranged = map(decode_step.arrange, setup.configs, params)
+    return tuple(
+        weights if places is None else jax.lax.with_sharding_constraint(weights, places)
+        for weights, places in zip(arranged, setup.weights)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("setup", "rows", "slots"))
@@ -114,7 +120,7 @@ def read(setup: Setup, params: tuple[Params, ...], prompts_UP: Array, length_U: 
     """Runs the prompts, each at the end of its row, through the models."""
     slots = prompts_UP.shape[1]
     segments_UP = (jnp.arange(slots) >= slots - length_U[:, None]).astype(jnp.int32)
-    within = segment_attention(segments_UP)
+    within = segment_attention(segments_UP, rows=setup.rows)
 
     def attend(query: Array, key: Array, value: Array, _: Any) -> tuple[Array, Any]:
         heads, _ = within(query, key, value, None)

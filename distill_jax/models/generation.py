@@ -90,13 +90,7 @@ def generate(
         _check(one.config, prompts, max_new_tokens, seeds)
     if batch_rows < 1:
         raise InputError(f"batch_rows is {batch_rows}; it must be positive")
-    setup = decoding.Setup(
-        configs=tuple(one.config for one in models),
-        sampling=sampling,
-        teacher_share=teacher_share,
-        rows=sharding,
-        caches=tuple(batching.cache_sharding(one, sharding) for one in models),
-    )
+    setup = batching.make_setup(models, sampling, teacher_share, sharding)
     batch = batching.Batch(
         setup,
         tuple(one.params for one in models),

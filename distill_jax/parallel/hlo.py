@@ -93,14 +93,25 @@ class Program:
         if not self.entry:
             raise ValueError("the text has no ENTRY computation: is it compiled HLO?")
 
-    def executed(self, name: str = "", runs: int = 1) -> Iterator[tuple[Op, int, Computation]]:
-        """Every instruction outside fusions, how often it runs, and what stands around it."""
+    def executed(
+        self, name: str = "", runs: int = 1, *, turns: int | None = None
+    ) -> Iterator[tuple[Op, int, Computation]]:
+        """Every instruction outside fusions, how often it runs, and what stands around it.
+
+        Args:
+          name: of a computation; empty: the entry.
+          runs: how often it runs.
+          turns: of a loop whose end cannot be read.
+
+        Raises:
+          ValueError: there is such a loop, and no `turns`.
+        """
         around = self.computations[name or self.entry]
         for op in around.values():
             yield op, runs, around
-            times = runs * self._turns(op, around) if op.opcode == "while" else runs
+            times = runs * self._turns(op, around, turns) if op.opcode == "while" else runs
             for computation in called(op):
-                yield from self.executed(computation, times)
+                yield from self.executed(computation, times, turns=turns)
 
     def collective(self, op: Op) -> tuple[Op | None, bool]:
         """The collective that an instruction is or wraps; whether it keeps a share of the sum."""
@@ -113,13 +124,15 @@ class Program:
                     return found, "all-reduce-scatter" in op.attribute("calls")
         return None, False
 
-    def _turns(self, loop: Op, around: Computation) -> int:
+    def _turns(self, loop: Op, around: Computation, otherwise: int | None) -> int:
         condition = self.computations[loop.attribute("condition")]
         for op in condition.values():
             if op.opcode == "compare" and "direction=LT" in op.rest:
                 first, bound = (_scalar(name, condition, loop, around) for name in op.operands)
                 if first is not None and bound is not None:
                     return max(bound - first, 0)  # all loops that JAX makes count up by one
+        if otherwise is not None:
+            return otherwise
         raise ValueError(f"cannot read how often the loop {loop.name} turns")
 
 

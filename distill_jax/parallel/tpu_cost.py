@@ -115,6 +115,7 @@ def estimate(
     *,
     parts: Sequence[str] = (),
     heaviest: int = 0,
+    turns: int | None = None,
 ) -> Cost:
     """The cost of a compiled executable, or of its text (then without memory).
 
@@ -124,9 +125,11 @@ def estimate(
       parts: named scopes (`jax.named_scope`) for which the time is told apart; an instruction is
         the innermost one's.
       heaviest: how many of the instructions that take most are listed, and of the collectives.
+      turns: how often a loop turns of which the text does not say that.
 
     Raises:
-      ValueError: no program in the text, or a loop whose number of turns cannot be read.
+      ValueError: no program in the text, or a loop whose number of turns cannot be read, and no
+        `turns`.
     """
     stats = None if isinstance(compiled, str) else compiled.memory_analysis()
     seconds: defaultdict[str, float] = defaultdict(float)
@@ -135,7 +138,7 @@ def estimate(
     collectives: defaultdict[str, Collectives] = defaultdict(Collectives)
     listed, travels = [], []
     text = compiled if isinstance(compiled, str) else compiled.as_text()
-    for one in priced(text, chip):
+    for one in priced(text, chip, turns=turns):
         if one.category in ("collective", "hidden"):
             seconds["collective"] += one.waits
             seconds["hidden"] += one.seconds - one.waits
@@ -176,16 +179,17 @@ def estimate(
     )
 
 
-def priced(text: str, chip: Chip) -> Iterator[Priced]:
+def priced(text: str, chip: Chip, *, turns: int | None = None) -> Iterator[Priced]:
     """Every instruction of compiled HLO that takes time or may do so, each collective once.
 
     A matrix product that the compiler let an asynchronous collective ride on is two of them.
+    `turns` is as in `estimate`.
 
     Raises:
       ValueError: as `estimate`.
     """
     program = hlo.Program(text)
-    order = list(program.executed())
+    order = list(program.executed(turns=turns))
     work = [_work(op, around, chip) for op, _, around in order]
     flights = _flights(program, order, work)
     for place, (op, runs, around) in enumerate(order):

@@ -12,7 +12,7 @@ from distill_jax import parallel
 from distill_jax.artifacts import InputError
 from distill_jax.models.llama import Remat
 
-Stage = Literal["distill", "targets", "prune", "sft", "dpo"]
+Stage = Literal["distill", "targets", "prune", "sft", "on-policy", "dpo"]
 """The stages whose work grows with the model, the text and the slice."""
 
 PARTS = ("embedding", "attention", "mlp", "head", "optimizer")
@@ -53,6 +53,7 @@ class Program:
       tokens: of one execution.
       flops: of one execution by formula, without what is computed twice.
       total_tokens: of all executions of the stage; None if the recipe does not say.
+      turns: how often a loop turns whose end only shows when it runs; None: there is none.
       notes: what was assumed.
     """
 
@@ -66,6 +67,7 @@ class Program:
     tokens: int
     flops: float
     total_tokens: float | None = None
+    turns: int | None = None
     notes: tuple[str, ...] = ()
 
 

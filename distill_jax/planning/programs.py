@@ -24,6 +24,7 @@ from distill_jax.planning.program import (
     described,
     rows_at_a_time,
 )
+from distill_jax.planning.rollouts import Writing, on_policy_record
 from distill_jax.planning.shapes import placed_params, student_shape, teacher_shape
 from distill_jax.posttraining.rows import to_record
 from distill_jax.recipe import PostTrainingConfig, Recipe
@@ -60,6 +61,7 @@ def stage_programs(
         "targets": functools.partial(_targets, teacher=teacher),
         "prune": prune_programs,
         "sft": _sft,
+        "on-policy": _on_policy,
         "dpo": _dpo,
     }
     return make[stage](recipe, choice, mesh)
@@ -109,6 +111,41 @@ def _sft(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
     record = to_record([], length)
     program = _training("sft", shape, loss_fn, record, train, mesh, context=length)
     return [_finished(program, recipe_config.sft_train, (*notes, ONE_DOCUMENT))]
+
+
+def _on_policy(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
+    recipe_config = _posttraining(recipe)
+    own, asked = recipe_config.on_policy_train, recipe_config.on_policy
+    if own is None:
+        raise InputError("posttraining.on_policy_train: the recipe has none")
+    assert asked.teacher is not None  # PostTrainingConfig checks that
+    train = _chosen(own, choice, mesh, "posttraining.on_policy_train")
+    shape, notes = student_shape(recipe)
+    taught, assumed = teacher_shape(recipe, asked.teacher)
+    notes += tuple(note for note in assumed if note not in notes)
+    text = recipe.corpus.sequence_length
+    beside = {posttraining.CONVERSATIONS: asked.sequence_length, posttraining.TEXT: text}
+    step = _training(
+        "on-policy",
+        shape,
+        stages_of_posttraining.on_policy_loss(
+            dataclasses.replace(recipe_config, on_policy_train=train), shape, taught, mesh
+        ),
+        on_policy_record(asked, text),
+        train,
+        mesh,
+        context=asked.sequence_length,
+        live={posttraining.TEACHER: taught},
+    )
+    others = sum(
+        3 * shape.flops_per_token(beside[name]) * beside[name] * step.rows for name in asked.beside
+    )
+    learns = _finished(
+        dataclasses.replace(step, flops=step.flops + others), own, (*notes, ONE_DOCUMENT)
+    )
+    waiting = {"training": (step.held["parameters"], step.held["optimizer"])}
+    writes = Writing(shape, taught, asked, own, choice, mesh, waiting, notes)
+    return [*writes.programs(), learns]
 
 
 def _dpo(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:

@@ -203,6 +203,7 @@ def make_report(program: Program, topology: Topology, compiled: Any) -> Report:
             topology.chip,
             parts=PARTS,
             heaviest=_HEAVIEST,
+            turns=program.turns,
         )
         alive = liveness.at_peak(compiled.as_text())
     except (LookupError, ValueError) as error:  # another compiler may write what nobody has seen

@@ -23,7 +23,9 @@ from distill_jax.posttraining.conversations import (
 from distill_jax.posttraining.dpo import DpoConfig, dpo_loss, with_reference
 from distill_jax.posttraining.log_probs import label_log_probs, sequence_log_probs
 from distill_jax.posttraining.on_policy import (
+    CONVERSATIONS,
     TEACHER,
+    TEXT,
     OnPolicyConfig,
     on_policy_loss,
     on_policy_objective,
@@ -90,11 +92,13 @@ from distill_jax.posttraining.tasks import (
 __all__ = [
     "CHATML",
     "CHATML_SPECIALS",
+    "CONVERSATIONS",
     "LLAMA3",
     "REWARD_MODEL",
     "TASK",
     "TASKS",
     "TEACHER",
+    "TEXT",
     "VERIFIERS",
     "Answer",
     "Choice",

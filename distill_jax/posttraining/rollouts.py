@@ -236,7 +236,7 @@ class Rollouts(Iterator[dict[str, Any]]):
         for part, batch in filled_batches(records, size):
             arrays = jax.device_put([batch[name] for name in ROW], sharding)
             log_probs_BT = parallel.to_host(
-                _log_probs(model.config, model.params, tuple(arrays), self._mesh)
+                score_rows(model.config, model.params, tuple(arrays), self._mesh)
             )
             found.append(log_probs_BT[: len(part)][batch["where"][: len(part)]])
         return np.concatenate(found)
@@ -298,7 +298,7 @@ def _order(seed: int, lap: int, size: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _log_probs(config: LlamaConfig, params: Params, arrays: tuple[Array, ...], mesh: Mesh) -> Array:
+def score_rows(config: LlamaConfig, params: Params, arrays: tuple[Array, ...], mesh: Mesh) -> Array:
     """`row_log_probs` of the arrays of `ROW`; every device reads its own rows."""
 
     def of_rows(params: Params, *arrays: Array, reading: Reading = Reading()) -> Array:

@@ -137,14 +137,7 @@ def _on_policy(
         mesh=run.mesh,
         directory=place,
     )
-    loss_fn = posttraining.on_policy_loss(
-        model.config,
-        teacher.config,
-        asked,
-        remat=train.remat,
-        compute_dtype=train.compute_dtype,
-        mesh=run.mesh,
-    )
+    loss_fn = on_policy_loss(config, model.config, teacher.config, run.mesh)
     beside = {posttraining.TEACHER: teacher}
 
     def trained() -> models.Model:
@@ -327,6 +320,21 @@ def _sft_loss(
 ) -> training.LossFn:
     return posttraining.sft_loss(
         shape, config.sft, remat=train.remat, compute_dtype=train.compute_dtype, mesh=mesh
+    )
+
+
+def on_policy_loss(
+    config: PostTrainingConfig, shape: models.LlamaConfig, teacher: models.LlamaConfig, mesh: Mesh
+) -> training.LossFn:
+    """The loss of the stage on-policy, for models of these shapes on a mesh."""
+    train = _given(config.on_policy_train)
+    return posttraining.on_policy_loss(
+        shape,
+        teacher,
+        config.on_policy,
+        remat=train.remat,
+        compute_dtype=train.compute_dtype,
+        mesh=mesh,
     )
 
 

@@ -73,6 +73,16 @@ def counted(monkeypatch, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("prompt", "limit"), [(20, 150), (70, 400)])
+def test_the_sizes_of_a_cache_are_known_before(model, monkeypatch, prompt, limit):
+    """Of texts of one length that are written side by side, and which nothing ends."""
+    made, moved = counted(monkeypatch, "empty"), counted(monkeypatch, "move")
+    models.generate(model, [[5] * prompt] * 2, max_new_tokens=limit, sampling=GREEDY, seeds=[0, 1])
+    sizes = [rows.caches[0][0].key_RKCS.shape[-1] for _, rows, _ in made + moved]
+    assert sorted(set(sizes)) == batching.cache_slots(prompt, limit)
+
+
+@pytest.mark.slow
 def test_rows_that_end_are_given_to_waiting_texts(model, score, monkeypatch):
     prompts = uneven_prompts(40)
     kwargs = {

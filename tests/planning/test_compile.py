@@ -31,9 +31,9 @@ def planned(capsys, *options):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("stage", ["distill", "targets", "prune", "sft", "dpo"])
+@pytest.mark.parametrize("stage", ["distill", "targets", "prune", "sft", "on-policy", "dpo"])
 def test_every_stage_compiles(stage, capsys):
-    line = planned(capsys, "--stage", stage, "--batch", "8")
+    line = planned(capsys, "--stage", stage, "--batch", "8", "--set", "on_policy=minillm")
     assert line["fits"]
     assert line["hbm_gb"] > 0
     programs = line.get("reports", [line])

@@ -149,13 +149,15 @@ def test_post_training_is_called_with_what_its_rows_hold(recipe):
     assert program.tokens == 16 * 2 * 128
 
 
-@pytest.mark.parametrize("stage", ["distill", "targets", "prune", "sft", "dpo"])
-def test_every_stage_can_be_traced_on_devices_that_are_here(recipe, stage):
+@pytest.mark.parametrize("stage", ["distill", "targets", "prune", "sft", "on-policy", "dpo"])
+def test_every_stage_can_be_traced_on_devices_that_are_here(stage):
+    recipe = load_recipe(TINY, ["size=test", "on_policy=gkd"])
     mesh = parallel.MeshConfig(data=2, fsdp=2, tensor=2)
+    moves = ("prune cut", "prune tie", "on-policy layout")
     for program in programs(recipe, stage, choice=Choice(batch=1, mesh=mesh)):
         lowered = program.lower()
         assert "module" in lowered.as_text()[:20]
-        assert (program.flops > 0) == (program.name not in ("prune cut", "prune tie"))
+        assert (program.flops > 0) == (program.name not in moves)
         leaves = jax.tree.leaves(program.held)
         assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
@@ -271,11 +273,12 @@ def test_the_recipes_own_choice_is_kept_and_others_are_made(recipe):
     assert any("a batch has 12 rows, the recipe's 8" in note for note in program.notes)
 
 
-def test_devices_that_share_rows_have_fewer_tokens(recipe):
+def test_devices_that_share_rows_have_fewer_tokens():
     """But not in preferences, which need whole rows."""
     choice = Choice(batch=3, mesh=parallel.MeshConfig(fsdp=2, sequence=4))
-    for stage, rows in (("distill", 6), ("sft", 6), ("dpo", 24)):
-        (program,) = programs(recipe, stage, choice=choice)
+    recipe = load_recipe(TINY, ["size=test", "on_policy=gkd"])
+    for stage, rows in (("distill", 6), ("sft", 6), ("on-policy", 6), ("dpo", 24)):
+        *_, program = programs(recipe, stage, choice=choice)
         assert (program.rows, program.batch) == (rows, 3)
 
 
