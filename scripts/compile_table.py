@@ -44,6 +44,7 @@ ROWS = (
     ("1B, live 8B and 70B", "llama3_2_1b", ("live=both",), "distill", "v5e:16x16", 1, "full"),
     ("70B's targets", "llama3_2_1b", (), "targets", "v5e:16x16", 1, None),
     ("1B, sft", "llama3_2_1b", (), "sft", "v5e:16x16", 1, "full"),
+    ("1B, on-policy", "llama3_2_1b", ("on_policy=gkd",), "on-policy", "v5e:16x16", 1, "full"),
     ("1B, dpo", "llama3_2_1b", (), "dpo", "v5e:16x16", 1, "full"),
 )
 SMALL = (("tiny", "tiny", (), "distill", "v5e:4x4", 1, None),)

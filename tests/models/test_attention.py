@@ -101,6 +101,23 @@ def test_heads_that_a_mesh_splits_or_cannot(interpreted, tensor):
     np.testing.assert_allclose(found, by_hand(*arrays(), segments()), atol=2e-6)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_rows_of_devices_whose_other_work_the_compiler_splits(request, monkeypatch, kernels):
+    """The kernel sees what one device has: two rows on a mesh of two by two."""
+    if kernels:
+        request.getfixturevalue("interpreted")
+    mesh = parallel.make_mesh(parallel.MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    rows, ids = parallel.batch_sharding(mesh), jnp.asarray(segments())
+    seen, run = [], attention._splash if kernels else attention._in_tiles
+    spied = lambda ids, times, query, *rest: (  # noqa: E731
+        seen.append(query.shape[0]) or run(ids, times, query, *rest)
+    )
+    monkeypatch.setattr(attention, run.__name__, spied)
+    attend = jax.jit(lambda *inputs: attention.segment_attention(ids, rows=rows)(*inputs, None)[0])
+    np.testing.assert_allclose(attend(*arrays()), by_hand(*arrays(), segments()), atol=2e-6)
+    assert seen == [1]
+
+
 def sharing(shards, tensor):
     """Attention of rows that devices share, and how much each has to do with the mask given."""
     config = parallel.MeshConfig(fsdp=1, sequence=shards, tensor=tensor)

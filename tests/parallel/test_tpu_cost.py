@@ -95,6 +95,9 @@ def test_a_loop_that_cannot_be_read_is_refused():
     text = module(LOOP, INNER.replace("compare(%j, %three), direction=LT", "not(%j)"))
     with pytest.raises(ValueError, match="how often the loop while turns"):
         estimate(text, CHIP)
+    # Unless whoever asks says how often such a loop turns.
+    cost = estimate(text, CHIP, turns=2)
+    assert cost.compute_seconds == pytest.approx(2 * (10 + 4 * 100) / 1e9)
 
 
 def test_calls_and_branches_are_entered():
