@@ -41,12 +41,11 @@ import jax
 import numpy as np
 import rich.console
 import rich.table
-import scipy.stats
 from calibration import NAMES, scheme_for
 from etils import epath
+from paired import Difference, difference, mean
 
 from distill_jax import data, evaluation, losses, models, parallel, pipeline, teachers, training
-from distill_jax.evaluation.report.statistics import Estimate, estimate, paired_difference
 from distill_jax.pipeline import Stage
 from distill_jax.recipe import Recipe, Term, load_recipe, to_json
 from distill_jax.stages import all_stages, context
@@ -223,25 +222,6 @@ def _alone(targets: losses.TopKTargets) -> losses.SampledTargets:
     return losses.SampledTargets(targets.ids, jax.nn.softmax(targets.log_probs, axis=-1))
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """ours - theirs in one figure, in nats a token; `half` is of its 95% interval."""
-
-    ours: str
-    theirs: str
-    figure: str
-    paired: Estimate
-    half: float | None
-
-    @property
-    def outcome(self) -> str:
-        if self.half is None:
-            return "one seed tells nothing of noise"
-        if abs(self.paired.mean) <= self.half:
-            return "within noise"
-        return "below" if self.paired.mean < 0 else "above"
-
-
 PAIRS = (
     *((way, "dense") for way in WAYS[1:]),
     *(("threshold", way) for way in ("random_sampling", "top_k", "top_k_alone")),
@@ -254,12 +234,8 @@ def differences(compared: Mapping[str, Any]) -> list[Difference]:
     pairs = [pair for pair in PAIRS if compared.keys() >= set(pair)]
     for figure in FIGURES:
         for ours, theirs in pairs:
-            values = ([seed[figure] for seed in compared[way]] for way in (ours, theirs))
-            paired = paired_difference(*values)
-            half = None
-            if paired.error is not None:
-                half = float(scipy.stats.t.ppf(0.975, len(paired.values) - 1)) * paired.error
-            made.append(Difference(ours, theirs, figure, paired, half))
+            a, b = ((way, [seed[figure] for seed in compared[way]]) for way in (ours, theirs))
+            made.append(difference(a, b, figure))
     return made
 
 
@@ -271,9 +247,7 @@ def show(compared: Mapping[str, Any], found: list[Difference]) -> None:
         return made
 
     def text(way: str, figure: str) -> str:
-        over_seeds = estimate([seed[figure] for seed in compared[way]])
-        error = "" if over_seeds.error is None else f" ± {over_seeds.error:.4f}"
-        return f"{over_seeds.mean:.4f}{error}"
+        return mean([seed[figure] for seed in compared[way]], 4)
 
     console = rich.console.Console(stderr=True, width=100)
     stores, (_, *ways) = compared[_STORES], compared
@@ -290,9 +264,7 @@ def show(compared: Mapping[str, Any], found: list[Difference]) -> None:
     console.print(students)
     pairs = table("differences, with 95% intervals", "figure", "of", "nats a token", "")
     for one in found:
-        half = "" if one.half is None else f" ± {one.half:.4f}"
-        difference = f"{one.paired.mean:+.4f}{half}"
-        pairs.add_row(one.figure, f"{one.ours} - {one.theirs}", difference, one.outcome)
+        pairs.add_row(one.figure, f"{one.ours} - {one.theirs}", one.text(4), one.outcome)
     console.print(pairs)
 
 

@@ -1,0 +1,125 @@
+"""Runs of the tiny recipe's post-training, on questions in place of its task."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import questions
+from etils import epath
+
+from distill_jax import data, models, posttraining
+from distill_jax.pipeline import Stage
+from distill_jax.recipe import Recipe, load_recipe, to_json
+from distill_jax.stages import context
+from distill_jax.stages import posttraining as recipe_stages
+
+CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
+TUNING_SEED = 1000
+"""From here on a seed is for choosing: it measures on the questions of tuning."""
+ROW = 40
+"""Tokens that hold a question with its answer."""
+_NEW_TOKENS = 18
+_WORDS = ("user\nassistant\nSort ", "It is .", "Sorted: ", " sorted is ")
+
+
+def recipe(seed: int, train: str, prompts: str, settings: Mapping[str, Any]) -> Recipe:
+    """The tiny recipe with its post-training on these files, in one seed for everything."""
+    parts = ["sft_train", "rejection_train", "dpo_train", "rejection"]
+    fixed = {
+        "size": "test",
+        "seeds": [seed],
+        **{f"posttraining.{part}.seed": seed for part in parts},
+        "posttraining.task": "null",
+        "posttraining.problems": "null",
+        "posttraining.replay": 0.0,
+        "posttraining.sft.data": train,
+        "posttraining.rejection.prompts": prompts,
+        "posttraining.rejection.reward": questions.VERIFIER,
+        "posttraining.rejection.max_new_tokens": _NEW_TOKENS,
+        "posttraining.rejection.problems_per_batch": 64,
+        "posttraining.dpo.sequence_length": ROW,
+    }
+    chosen = fixed | {f"posttraining.{name}": value for name, value in settings.items()}
+    return load_recipe(CONFIG, [f"{name}={value}" for name, value in chosen.items()])
+
+
+def begun(run: context.Run, shape: models.LlamaConfig) -> list[Stage]:
+    """A tokenizer of the questions, and a student of random parameters."""
+    seed = run.recipe.seeds[0]
+
+    def tokenizer(place: epath.Path) -> dict[str, Any]:
+        write_tokenizer(place)
+        return {}
+
+    def start(place: epath.Path) -> dict[str, Any]:
+        student = dataclasses.replace(shape, vocab_size=run.tokenizer.vocab_size)
+        run.save(place, run.init(student, seed))
+        return {"parameters": student.parameters}
+
+    return [
+        Stage(name=context.CORPUS, command="corpus", recipe={}, inputs=(), work=tokenizer),
+        Stage(
+            name=context.student(seed),
+            command="distill",
+            recipe={"shape": to_json(shape), "seed": seed},
+            inputs=(context.CORPUS,),
+            work=start,
+        ),
+    ]
+
+
+def write_tokenizer(place: epath.Path) -> None:
+    """A byte-level tokenizer that knows words of the chats; a digit is a token."""
+    data.train_tokenizer(_WORDS, 288, specials=posttraining.CHATML_SPECIALS).save(place)
+
+
+def of_recipe(run: context.Run, command: str, name: str, **changes: Any) -> Stage:
+    """The recipe's own stage of a command, in a directory of another name.
+
+    `changes` are of the recipe, by dotted names below `posttraining`.
+    """
+    changed = dataclasses.replace(run, recipe=with_changes(run.recipe, changes))
+    stage = {one.name: one for one in recipe_stages.stages(changed)}[command]
+    return dataclasses.replace(stage, name=name, command=name)
+
+
+def with_changes(found: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with fields of its post-training changed."""
+    post: Any = found.posttraining
+    for name, value in changes.items():
+        part, _, field = name.partition(".")
+        inner = dataclasses.replace(getattr(post, part), **{field: value}) if field else value
+        post = dataclasses.replace(post, **{part: inner})
+    return dataclasses.replace(found, posttraining=post)
+
+
+def scores(
+    run: context.Run,
+    model: models.Model,
+    problems: Sequence[posttraining.Problem],
+    samples: int = 4,
+) -> dict[str, float]:
+    """{"greedy", "sampled"}: shares of right answers."""
+    task = posttraining.Task(
+        name="sort",
+        train=(),
+        held_out=tuple(problems),
+        scorer=posttraining.VERIFIERS[questions.VERIFIER],
+    )
+    assert run.recipe.posttraining is not None
+    asked = dataclasses.replace(run.recipe.posttraining.rejection, samples=samples)
+    answer = functools.partial(posttraining.accuracy, max_new_tokens=asked.max_new_tokens)
+    greedy = answer(model, run.tokenizer, task, rows_per_batch=256)
+    records = []
+    for start in range(0, len(problems), 64):
+        part = problems[start : start + 64]
+        records += posttraining.sample(model, run.tokenizer, task, part, asked)
+    right = [one["score"] for record in records for one in record["samples"]]
+    return {"greedy": greedy["accuracy"], "sampled": sum(right) / len(right)}
+
+
+def measured_on(seed: int) -> str:
+    """The split that a seed measures on."""
+    return "tuning" if seed >= TUNING_SEED else "held_out"
