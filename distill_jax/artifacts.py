@@ -13,7 +13,7 @@ from etils import epath
 
 _PACKAGE_SCHEME = "package://"
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 20
-_FOLDER_BYTES = 2 << 30
+_FOLDER_BYTES = 4 << 30
 
 
 class InputError(ValueError):
@@ -191,8 +191,8 @@ def fingerprint_path(path: str | os.PathLike[str]) -> str:
     """Stands for the content of what `resolve` finds: a file, or a folder's names and files.
 
     Of a large file, which may hold a model's weights, only its size and 64 blocks spread over it
-    are read: a model that was trained on differs in all of them. Of a folder's files, which may be
-    a corpus, 2 GiB are read, of each the same share.
+    are read: a model that was trained on differs in all of them. Where this would be more than
+    4 GiB of a folder, whose files may be a corpus, the blocks are so much smaller.
 
     Raises:
       InputError: nothing is there.
@@ -201,7 +201,9 @@ def fingerprint_path(path: str | os.PathLike[str]) -> str:
     if place.is_file():
         return _hash_sample(place, _BLOCKS * _BLOCK_BYTES)
     files = files_below(place)
-    share = min(_BLOCKS * _BLOCK_BYTES, _FOLDER_BYTES // max(len(files), 1))
+    share = _BLOCKS * _BLOCK_BYTES
+    if sum(min(file.stat().length, share) for file in files) > _FOLDER_BYTES:
+        share = max(_FOLDER_BYTES // len(files), _BLOCKS)
     return fingerprint([[str(f.relative_to(place)), _hash_sample(f, share)] for f in files])
 
 
@@ -210,11 +212,10 @@ def _hash_sample(path: epath.Path, most: int) -> str:
     if size <= most:
         return hash_file(path)
     digest = hashlib.sha256(str(size).encode())
-    block_bytes = min(_BLOCK_BYTES, most)
-    blocks = most // block_bytes if block_bytes else 0
+    block_bytes = most // _BLOCKS
     with path.open("rb") as file:
-        for block in range(blocks):
-            file.seek(block * (size - block_bytes) // max(blocks - 1, 1))
+        for block in range(_BLOCKS):
+            file.seek(block * (size - block_bytes) // (_BLOCKS - 1))
             digest.update(file.read(block_bytes))
     return digest.hexdigest()[:16]
 

@@ -69,7 +69,7 @@ def filled_batches(
     """
     if mesh is not None:
         shards = parallel.row_shards(mesh)
-        size = min(size, -(-len(rows) // shards)) * shards
+        size = max(min(size, -(-len(rows) // shards)), 1) * shards
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         filled = [*part, *[part[-1]] * (size - len(part))]

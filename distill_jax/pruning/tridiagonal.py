@@ -22,7 +22,8 @@ def solve_shifted(
 
     Args:
       matrix_II: symmetric, float32; of its eigenvalues none is negative but by rounding.
-      shift_N: positive.
+      shift_N: positive; where the matrix has not full rank, no less than some 64 times what float32
+        resolves of its norm: below, what rounding leaves of the matrix grows from row to row.
       wanted_NI: float32.
       mesh: over all of which systems are split; None leaves that to JAX.
     """

@@ -36,6 +36,7 @@ from distill_jax.pruning.repair import split_matrices, split_rows
 from distill_jax.pruning.tridiagonal import solve_shifted
 
 _ROUNDS = 4
+_RESOLVED = 64 * float(jnp.finfo(jnp.float32).eps)
 _RIDGE = 1e-6
 """Of the gain, as in `least_squares.solve`; it guards against rounding alone."""
 
@@ -116,8 +117,11 @@ def tie(
         M_VD = found[0]
         wanted_D1 = jnp.sum(GU_VD * M_VD, axis=0)[:, None]
         gain_D = solve(Sums(G_DD * exact_dot(M_VD.T, M_VD), wanted_D1), _RIDGE, mesh)[:, 0]
-        wanted_VD = pull_V[:, None] * E_VD + GU_VD * gain_D
-        M_VD = split(solve_shifted(gain_D[:, None] * G_DD * gain_D, pull_V, wanted_VD, mesh))
+        A_DD = gain_D[:, None] * G_DD * gain_D
+        # Below what float32 resolves of A, a system without full rank has no solution to find.
+        held_V = jnp.maximum(pull_V, _RESOLVED * jnp.linalg.norm(A_DD))
+        wanted_VD = held_V[:, None] * E_VD + GU_VD * gain_D
+        M_VD = split(solve_shifted(A_DD, held_V, wanted_VD, mesh))
         return M_VD, gain_D
 
     M_VD, gain_D = jax.lax.fori_loop(0, _ROUNDS, improve, (E_VD, jnp.ones(len(kept))))

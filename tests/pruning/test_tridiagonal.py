@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,3 +44,27 @@ def test_what_rounding_makes_negative_counts_as_nothing():
     full = np.diag([1.0, -1e-3, 0.0]).astype(np.float32)
     got = solve_shifted(full, np.float32([1e-3]), np.ones((1, 3), np.float32))
     np.testing.assert_allclose(got, [[1 / 1.001, 1e3, 1e3]], rtol=1e-5)
+
+
+def test_a_matrix_of_half_rank_with_the_least_shift_is_solved_as_eigenvalues_solve_it():
+    random = np.random.default_rng(5)
+    factor = random.normal(size=(200, 100))
+    matrix = (factor @ factor.T).astype(np.float32)
+    least = 64 * np.finfo(np.float32).eps * np.linalg.norm(matrix)
+    shift = np.geomspace(least, 1e3 * least, 8).astype(np.float32)
+    wanted = random.normal(size=(8, 200)).astype(np.float32)
+    exact = np.stack(
+        [
+            np.linalg.solve(matrix.astype(np.float64) + s * np.eye(200), w)
+            for s, w in zip(shift.astype(np.float64), wanted, strict=True)
+        ]
+    )
+    found = np.asarray(solve_shifted(jnp.asarray(matrix), jnp.asarray(shift), jnp.asarray(wanted)))
+    values, Q = np.linalg.eigh(matrix)
+    theirs = (wanted @ Q / (np.maximum(values, 0) + shift[:, None])) @ Q.T
+
+    def error(x):
+        return np.linalg.norm(x - exact, axis=1) / np.linalg.norm(exact, axis=1)
+
+    assert np.isfinite(found).all()
+    assert (error(found) < 10 * error(theirs) + 1e-3).all()
