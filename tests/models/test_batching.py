@@ -165,6 +165,7 @@ def test_tokens_are_handed_out_as_they_come(model):
     assert_close(texts, models.generate(model, prompts, **kwargs))
 
 
+@pytest.mark.slow
 def test_a_teacher_is_mixed_in(model, teacher, score):
     prompts = uneven_prompts(10)
     texts = models.generate(
@@ -218,6 +219,7 @@ def spread(model, mesh):
     return models.Model(model.config, params)
 
 
+@pytest.mark.slow
 def test_eight_devices_write_what_one_writes(model, monkeypatch):
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"),
                          axis_types=(jax.sharding.AxisType.Auto,) * 3)  # fmt: skip

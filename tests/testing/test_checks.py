@@ -85,6 +85,7 @@ def test_a_divergence_passes_with_fewer_examples():
     assert "there are no dense targets to compare with" in table
 
 
+@pytest.mark.slow
 def test_hard_labels_pass():
     def reference(logits_V, targets):
         return scipy.special.logsumexp(logits_V) - logits_V[targets["labels"]]

@@ -99,6 +99,7 @@ def step(mesh, parts=1, **options):
     return jax.jit(gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "parts"), [(None, 1), (MESHES[0], 1), (MESHES[1], 2), (MESHES[2], 2)]
 )
