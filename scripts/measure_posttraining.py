@@ -36,13 +36,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "effects"))
 
 import alignment
 import drawing
-import jax
 import rich.console
 import rich.table
 from etils import epath
 from paired import Difference, difference, mean
 from sizes import SIZES
 
+from distill_jax import parallel
 from distill_jax.stages import context
 
 
@@ -135,8 +135,7 @@ def main() -> None:
     seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or (scratch if options.quick else "runs/measure_posttraining")
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # seeds run the same programs
-            jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(work) / "compiled"))
+        parallel.keep_compiled()  # seeds run the same programs
         found = measure(seeds, size, epath.Path(work))
     show(found)
     if options.out:

@@ -21,6 +21,7 @@ TUNING_SEED = 1000
 ROW = 40
 """Tokens that hold a question with its answer."""
 _NEW_TOKENS = 18
+# README's figures are of a tokenizer that was trained on all of these, the last three unused.
 _WORDS = ("user\nassistant\nSort ", "It is .", "Sorted: ", " sorted is ")
 
 

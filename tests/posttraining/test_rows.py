@@ -3,9 +3,10 @@ import itertools
 import numpy as np
 import pytest
 
-from distill_jax import data
+from distill_jax import data, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.posttraining import Example, pack, with_replay
+from distill_jax.posttraining.rows import filled_batches
 
 
 def random_examples(source: np.random.Generator, count: int, longest: int) -> list[Example]:
@@ -90,3 +91,15 @@ def test_replayed_text_is_learnt_whole_and_makes_up_its_share():
     assert len(with_replay(rows, [text], 0.9)) == 7  # there is no more text than that
     with pytest.raises(InputError, match="rows of text have 4 tokens, the others 8"):
         with_replay(pack([Example([1, 2], [False, True])], 8), [text], 0.5)
+
+
+@pytest.mark.parametrize(("count", "shape"), [(0, None), (3, 8), (11, 16), (40, 24)])
+def test_on_a_mesh_no_device_gets_more_rows_than_it_must(count, shape):
+    rows = pack([Example([1, number], [False, True]) for number in range(count)], 2)
+    found = list(filled_batches(rows, 3, parallel.make_mesh()))
+    assert sum(len(part) for part, _ in found) == count
+    assert {batch["tokens"].shape[0] for _, batch in found} == ({shape} if shape else set())
+    for part, batch in found:
+        np.testing.assert_array_equal(
+            batch["tokens"][: len(part)], np.stack([row["tokens"] for row in part])
+        )

@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy_llama
 import pytest
@@ -10,6 +11,7 @@ from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.pruning import apply_plan, make_plan, tie, tying_sums
 from distill_jax.pruning.prune import jit_tie
+from distill_jax.pruning.tying import TyingSums
 
 WEIGHT = 0.1
 
@@ -64,6 +66,23 @@ def test_every_token_s_row_is_the_least_squares_solution():
     for name, axis in (("embedding", 1), ("final_norm", 0)):
         old, new = (np.take(np.asarray(p[name]), rest, axis) for p in (model.params, tied))
         np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("weight", [1e-2, 1e-9])
+def test_fewer_calibration_tokens_than_channels_leave_numbers_however_little_is_pulled(weight):
+    source = dataclasses.replace(tiny.SOURCE, embed=96)
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(size=leaf.shape), jnp.float32),
+        models.abstract_params(source),
+    )
+    target = dataclasses.replace(source, embed=80, tied=True)
+    plan = make_plan(tiny.random_scores(source), source, target)
+    hidden = np.zeros((30, 96), np.float32)
+    hidden[:, plan.embed] = random.normal(size=(30, 80))
+    sums = TyingSums(jnp.asarray(1e3 * hidden.T @ hidden), jnp.ones(source.vocab_size))
+    tied = tie(plan, params, sums, weight=weight)
+    assert np.abs(tied["embedding"]).max() < 100  # NaN is not
 
 
 def test_a_model_that_is_tied_already_but_for_a_gain_comes_out_exactly():
