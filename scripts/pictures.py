@@ -27,12 +27,14 @@ STYLE = {
 }
 
 
-def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels side by side; height in inches."""
+def panels(count: int, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, side by side and in so many rows; height in inches."""
     pyplot.rcParams.update(STYLE)
-    figure, axes = pyplot.subplots(1, count, figsize=(13, height), layout="constrained")
+    shape, size = (rows, count // rows), (13, height)
+    figure, grid = pyplot.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    axes = [*grid.flat]
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(axis="y", color=FAINT, linewidth=0.8)
         one.tick_params(which="both", length=0)
-    return figure, list(axes)
+    return figure, axes

@@ -21,14 +21,18 @@ def stages(run: Run) -> list[Stage]:
     made: list[Stage] = []
     start = context.student(run.recipe.seeds[0])
     for name, config in context.posttraining_stages(run.recipe).items():
-        made.append(_stage(run, config, name, start))
+        made.append(stage(run, config, name, start))
         if context.kind(name) != REWARD:
             start = name
     return made
 
 
-def _stage(run: Run, config: PostTrainingConfig, name: str, start: str) -> Stage:
-    """One stage of a round, which starts from another."""
+def stage(run: Run, config: PostTrainingConfig, name: str, start: str) -> Stage:
+    """One stage of a round, which starts from the model that another left.
+
+    The last part of its name says what it does; pairs of samples are those of the stage
+    rejection-sample beside it, and a reward model is the one beside it.
+    """
     kind = context.kind(name)
     prefix = name.removesuffix(kind)
     described = to_json(config)

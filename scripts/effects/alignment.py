@@ -4,93 +4,66 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import questions
 import runs
-from etils import epath
+import sizes
 
-from distill_jax import pipeline, posttraining
-from distill_jax.models import LlamaConfig
+from distill_jax import posttraining
 from distill_jax.pipeline import Stage
 from distill_jax.stages import context
+from distill_jax.stages.context import DPO, REJECTION, SFT
 
-LONGER, NO_NLL = "sft-longer", "dpo-without-nll"
-MODELS = (context.SFT, LONGER, context.REJECTION, context.DPO, NO_NLL)
-PREFERRED = (context.REJECTION, context.DPO, NO_NLL)
-"""The start of both DPOs, and what they leave."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Size:
-    """How much is learnt and measured.
-
-    Attributes:
-      digits: of a number.
-      demonstrations: right answers that SFT learns.
-      prompts: other questions, of which rejection sampling draws answers.
-      measured: questions to measure with.
-      settings: fields of the recipe's `posttraining`.
-      shape: of the model.
-    """
-
-    digits: int
-    demonstrations: int
-    prompts: int
-    measured: int
-    settings: dict[str, Any]
-    shape: LlamaConfig
+NAME = "alignment"
+LONGER, STALE = "sft-longer", "dpo-old-pairs"
+AGAIN, FRESH = f"fresh/{REJECTION}", f"fresh/{DPO}"
+LOOSE, NO_NLL = f"fresh/{DPO}-loose", f"fresh/{DPO}-loose-without-nll"
+"""Ways to learn from what the model of REJECTION answers to other questions."""
+MODELS = (SFT, LONGER, REJECTION, STALE, AGAIN, FRESH, LOOSE, NO_NLL)
+PAIRED = (REJECTION, AGAIN, FRESH, LOOSE, NO_NLL)
+"""The start of DPO on fresh pairs, and what learns from these."""
+_LOOSE_BETA = 0.5
 
 
-def measure(size: Size, seed: int, work: epath.Path) -> dict[str, Any]:
-    """{model: figures} of one seed."""
-    place, asked = work / f"seed-{seed}", size.demonstrations + size.prompts
-    drawn = questions.questions("train", asked, size.digits, seed)
-    files = [
-        questions.write(place / f"{name}.jsonl", some)
-        for name, some in (
-            ("demonstrations", drawn[: size.demonstrations]),
-            ("prompts", drawn[size.demonstrations :]),
-        )
-    ]
-    run = context.Run(runs.recipe(seed, *files, size.settings), place / "run")
-    return dict(pipeline.run(_stages(run, size), run.directory)["measured"])
-
-
-def _stages(run: context.Run, size: Size) -> list[Stage]:
+def stages(run: context.Run, files: dict[str, str], size: sizes.Size) -> list[Stage]:
+    """One for each of the models, and the one that measures them."""
     post: Any = run.recipe.posttraining
+    start = context.student(run.recipe.seeds[0])
     both = post.sft_train.steps + post.rejection_train.steps
     longer = {"sft_train": dataclasses.replace(post.sft_train, steps=both)}
-    made = [
-        *runs.begun(run, size.shape),
-        *(runs.of_recipe(run, one, one) for one in (context.SFT, context.REJECTION, context.DPO)),
-        runs.of_recipe(run, context.SFT, LONGER, **longer),
-        runs.of_recipe(run, context.DPO, NO_NLL, **{"dpo.nll_weight": 0.0}),
+    fresh: dict[str, Any] = {"start": REJECTION, "reads": [AGAIN]}
+    loose = {"dpo.beta": _LOOSE_BETA}
+    return [
+        runs.stage(run, SFT, SFT, start),
+        runs.stage(run, SFT, LONGER, start, **longer),
+        runs.stage(run, REJECTION, REJECTION, SFT),
+        runs.stage(run, DPO, STALE, REJECTION),
+        runs.stage(run, REJECTION, AGAIN, REJECTION, **{"rejection.prompts": files[sizes.FRESH]}),
+        runs.stage(run, DPO, FRESH, **fresh),
+        runs.stage(run, DPO, LOOSE, **fresh, **loose),
+        runs.stage(run, DPO, NO_NLL, **fresh, **loose, **{"dpo.nll_weight": 0.0}),
+        Stage(
+            name=NAME,
+            command=NAME,
+            recipe={"questions": size.measured, "digits": size.digits},
+            inputs=(context.CORPUS, *MODELS),
+            work=lambda place: _measured(run, size),
+        ),
     ]
-    measured = Stage(
-        name="measured",
-        command="measured",
-        recipe={"questions": size.measured, "digits": size.digits},
-        inputs=(context.CORPUS, *MODELS),
-        work=lambda place: _measured(run, size),
-    )
-    return [*made, measured]
 
 
-def _measured(run: context.Run, size: Size) -> dict[str, Any]:
-    seed = run.recipe.seeds[0]
-    problems = questions.questions(runs.measured_on(seed), size.measured, size.digits, 0)
+def _measured(run: context.Run, size: sizes.Size) -> dict[str, Any]:
+    problems = runs.measured_problems(run, size)
     found: dict[str, Any] = {}
     for name in MODELS:
-        model = run.load(name)
-        found[name] = runs.scores(run, model, problems)
-        if name in PREFERRED:
+        found[name] = runs.scores(run, run.load(name), problems)
+        if name in PAIRED:
             found[name] |= _log_probs(run, name)
     return found
 
 
 def _log_probs(run: context.Run, name: str) -> dict[str, float]:
-    """Of the pairs that DPO learns: mean log-probability of an answer, in nats."""
+    """Of the fresh pairs: mean log-probability of an answer, in nats."""
     post: Any = run.recipe.posttraining
-    records = posttraining.read_samples(run.directory / context.REJECTION / "samples")
+    records = posttraining.read_samples(run.directory / AGAIN / "samples")
     pairs = posttraining.sampled_pairs(run.tokenizer, records, post.rejection.template)
     rows = posttraining.pair_rows(pairs, post.dpo, pad_id=run.tokenizer.pad_id)
     rows = posttraining.with_reference(run.load(name), rows, post.dpo, pairs_per_batch=64)

@@ -7,36 +7,58 @@ from collections.abc import Mapping, Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import alignment
+import distillation
+from alignment import AGAIN, FRESH, LONGER, LOOSE, NO_NLL
+from distillation import GIVEN_FORWARD, GIVEN_REVERSE, GKD, MINILLM, OWN_FORWARD, OWN_REVERSE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pictures import BLUE, GREEN, INK, ORANGE, SKY, panels
 
+from distill_jax.stages.context import REJECTION, SFT
+
 Found = Mapping[str, Mapping[str, Sequence[float]]]
 _STEPS = {
-    "sft": "SFT",
-    "sft-longer": "SFT,\nlonger",
-    "rejection-sample": "rejection\nsampling",
-    "dpo": "DPO",
-    "dpo-without-nll": "DPO,\nno NLL",
+    SFT: "SFT",
+    LONGER: "SFT,\nlonger",
+    REJECTION: "rejection\nsampling",
+    AGAIN: "and\nagain",
+    FRESH: "and\nDPO",
+    LOOSE: "DPO,\nloose",
+    NO_NLL: "loose,\nno NLL",
+}
+_WAYS = {
+    GIVEN_FORWARD: "forward\nKL, given",
+    GIVEN_REVERSE: "reverse\nKL, given",
+    OWN_FORWARD: "forward\nKL, own",
+    OWN_REVERSE: "reverse\nKL, own",
+    GKD: "GKD",
+    MINILLM: "MiniLLM",
 }
 
 
-def draw(found: Found) -> Figure:
-    """Right answers of all models, and what DPO does to the answers of its pairs."""
-    figure, (scores, falls) = panels(2, 4.2)
-    _bars(scores, found, _STEPS, {"greedy": BLUE, "sampled": SKY})
+def draw(found: Mapping[str, Found]) -> Figure:
+    """Right answers of all models, what DPO does to its pairs, and how sure students are."""
+    figure, axes = panels(4, 7.6, rows=2)
+    scores, falls, taught, sure = axes
+    of_alignment, of_students = found[alignment.NAME], found[distillation.NAME]
+    _bars(scores, of_alignment, _STEPS, {"greedy": BLUE, "sampled": SKY})
     scores.set(title="Held-out questions right", ylim=(0, 1))
-    before = found["rejection-sample"]
+    before = of_alignment[REJECTION]
     changes = {
         name: {
-            figure: [a - b for a, b in zip(found[name][figure], before[figure], strict=True)]
+            figure: [a - b for a, b in zip(of_alignment[name][figure], before[figure], strict=True)]
             for figure in ("chosen", "rejected")
         }
-        for name in ("dpo", "dpo-without-nll")
+        for name in alignment.PAIRED[1:]
     }
     _bars(falls, changes, _STEPS, {"chosen": GREEN, "rejected": ORANGE})
     falls.axhline(0, color=INK, linewidth=0.8)
-    falls.set(title="What DPO does to log p of answers", ylabel="nats")
+    falls.set(title="What that does to log p of the pairs", ylabel="nats")
+    _bars(taught, of_students, _WAYS, {"greedy": BLUE, "sampled": SKY})
+    taught.set(title="Right after distillation", ylim=(0, 1))
+    _bars(sure, of_students, _WAYS, {"entropy": GREEN, "cross_entropy": ORANGE})
+    sure.set(title="At the tokens of right answers", ylabel="nats a token")
     return figure
 
 

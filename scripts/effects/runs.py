@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import questions
+import sizes
 from etils import epath
 
 from distill_jax import data, models, posttraining
 from distill_jax.pipeline import Stage
-from distill_jax.recipe import Recipe, load_recipe, to_json
+from distill_jax.recipe import PostTrainingConfig, Recipe, load_recipe, to_json
 from distill_jax.stages import context
 from distill_jax.stages import posttraining as recipe_stages
 
@@ -25,18 +26,31 @@ _NEW_TOKENS = 18
 _WORDS = ("user\nassistant\nSort ", "It is .", "Sorted: ", " sorted is ")
 
 
-def recipe(seed: int, train: str, prompts: str, settings: Mapping[str, Any]) -> Recipe:
+def begin(size: sizes.Size, seed: int, place: epath.Path) -> tuple[context.Run, dict[str, str]]:
+    """A run in `place`, and by their names the files that its stages learn from."""
+    drawn = iter(questions.questions("train", sum(size.asked.values()), size.digits, seed))
+    files = {
+        name: questions.write(place / f"{name}.jsonl", [next(drawn) for _ in range(count)])
+        for name, count in size.asked.items()
+    }
+    return context.Run(recipe(seed, files, size.settings), place / "run"), files
+
+
+def recipe(seed: int, files: Mapping[str, str], settings: Mapping[str, Any]) -> Recipe:
     """The tiny recipe with its post-training on these files, in one seed for everything."""
-    parts = ["sft_train", "rejection_train", "dpo_train", "rejection"]
+    parts = ["sft_train", "on_policy", "on_policy_train", "rejection", "rejection_train"]
     fixed = {
         "size": "test",
+        "on_policy": "gkd",
         "seeds": [seed],
-        **{f"posttraining.{part}.seed": seed for part in parts},
+        **{f"posttraining.{part}.seed": seed for part in (*parts, "dpo_train")},
         "posttraining.task": "null",
         "posttraining.problems": "null",
         "posttraining.replay": 0.0,
-        "posttraining.sft.data": train,
-        "posttraining.rejection.prompts": prompts,
+        "posttraining.sft.data": files[sizes.DEMONSTRATIONS],
+        "posttraining.on_policy.prompts": files[sizes.PROMPTS],
+        "posttraining.on_policy.max_new_tokens": _NEW_TOKENS,
+        "posttraining.rejection.prompts": files[sizes.PROMPTS],
         "posttraining.rejection.reward": questions.VERIFIER,
         "posttraining.rejection.max_new_tokens": _NEW_TOKENS,
         "posttraining.rejection.problems_per_batch": 64,
@@ -76,24 +90,33 @@ def write_tokenizer(place: epath.Path) -> None:
     data.train_tokenizer(_WORDS, 288, specials=posttraining.CHATML_SPECIALS).save(place)
 
 
-def of_recipe(run: context.Run, command: str, name: str, **changes: Any) -> Stage:
-    """The recipe's own stage of a command, in a directory of another name.
+def stage(
+    run: context.Run,
+    kind: str,
+    name: str,
+    start: str,
+    *,
+    reads: Sequence[str] = (),
+    **changes: Any,
+) -> Stage:
+    """The recipe's own stage of a kind, in a directory of another name, from another start.
 
-    `changes` are of the recipe, by dotted names below `posttraining`.
+    `changes` are of the recipe, by dotted names below `posttraining`; `reads` are further stages
+    that it reads.
     """
-    changed = dataclasses.replace(run, recipe=with_changes(run.recipe, changes))
-    stage = {one.name: one for one in recipe_stages.stages(changed)}[command]
-    return dataclasses.replace(stage, name=name, command=name)
+    assert run.recipe.posttraining is not None
+    post = with_changes(run.recipe.posttraining, changes)
+    made = recipe_stages.stage(run, post, str(pathlib.PurePath(name).with_name(kind)), start)
+    return dataclasses.replace(made, name=name, command=name, inputs=(*made.inputs, *reads))
 
 
-def with_changes(found: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with fields of its post-training changed."""
-    post: Any = found.posttraining
+def with_changes(post: PostTrainingConfig, changes: Mapping[str, Any]) -> PostTrainingConfig:
+    """With fields changed, one after the other."""
     for name, value in changes.items():
         part, _, field = name.partition(".")
         inner = dataclasses.replace(getattr(post, part), **{field: value}) if field else value
         post = dataclasses.replace(post, **{part: inner})
-    return dataclasses.replace(found, posttraining=post)
+    return post
 
 
 def scores(
@@ -119,6 +142,11 @@ def scores(
         records += posttraining.sample(model, run.tokenizer, task, part, asked)
     right = [one["score"] for record in records for one in record["samples"]]
     return {"greedy": greedy["accuracy"], "sampled": sum(right) / len(right)}
+
+
+def measured_problems(run: context.Run, size: sizes.Size) -> list[posttraining.Problem]:
+    """The questions that a run measures with."""
+    return questions.questions(measured_on(run.recipe.seeds[0]), size.measured, size.digits, seed=0)
 
 
 def measured_on(seed: int) -> str:
