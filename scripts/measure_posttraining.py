@@ -133,7 +133,7 @@ def measure_seed(size: Size, seed: int, place: epath.Path) -> dict[str, Any]:
     parts = (alignment, distillation)
     made = [stage for part in parts for stage in part.stages(run, files, size)]
     figures = pipeline.run([*runs.begun(run, size.shape), *made], run.directory)
-    return {part.NAME: dict(figures[part.NAME]) for part in parts}
+    return {part.NAME: {one: figures[part.NAME][one] for one in part.MODELS} for part in parts}
 
 
 def compare(found: Found) -> list[tuple[str, Claim, Difference]]:

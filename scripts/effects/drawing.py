@@ -54,9 +54,10 @@ def draw(found: Mapping[str, Found]) -> Figure:
     }
     _bars(falls, changes, _STEPS, {"chosen": GREEN, "rejected": ORANGE})
     falls.axhline(0, color=INK, linewidth=0.8)
-    falls.set(title="What that does to log p of the pairs", ylabel="nats")
+    falls.set(title="Change of log p of the fresh pairs", ylabel="nats")
     _bars(taught, of_students, _WAYS, {"greedy": BLUE, "sampled": SKY})
-    taught.set(title="Right after distillation", ylim=(0, 1))
+    taught.set(title="Right after distillation", ylim=(0.85, 1.01))
+    taught.legend(fontsize=10, loc="upper right", ncols=2)
     _bars(sure, of_students, _WAYS, {"entropy": GREEN, "cross_entropy": ORANGE})
     sure.set(title="At the tokens of right answers", ylabel="nats a token")
     return figure
