@@ -70,7 +70,7 @@ SIZES = {
         asked={DEMONSTRATIONS: 16, PROMPTS: 16, FRESH: 12, LESSONS: 8},
         measured=8,
         settings=_FULL.settings
-        | {"sft_train.steps": 40}
+        | {"sft_train.steps": 40, "rejection_train.optimizer.learning_rate": 1e-4}
         | {f"{stage}_train.steps": 2 for stage in ("on_policy", "rejection", "dpo")}
         | {f"{stage}_train.batch_rows": 8 for stage in ("on_policy", "dpo")},
         teacher_steps=40,
