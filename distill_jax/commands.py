@@ -147,15 +147,19 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def average(options: argparse.Namespace) -> dict[str, Any]:
-    """Leaves the mean of several models, with the tokenizer that they share."""
+    """Leaves the mean of several models, with the tokenizer and chat template that they share."""
     out = epath.Path(options.out)
     if models.is_saved(out):
         raise InputError(f"--out {out}: holds a model")
-    first, *others = options.model
-    tokenizer = data.load_tokenizer(first)
-    for other in others:
-        if data.load_tokenizer(other).fingerprint != tokenizer.fingerprint:
-            raise InputError(f"{other}: another tokenizer than {first}")
+    tokenizers = {name: data.load_tokenizer(name) for name in options.model}
+    chats = [name for name, one in tokenizers.items() if one.chat_template is not None]
+    shared = (chats or options.model)[0]
+    tokenizer = tokenizers[shared]
+    for other, one in tokenizers.items():
+        if one.fingerprint != tokenizer.fingerprint:
+            raise InputError(f"{other}: another tokenizer than {shared}")
+        if one.chat_template not in (None, tokenizer.chat_template):
+            raise InputError(f"{other}: another chat template than {shared}")
     model = models.average(options.model, weights=options.weights)
     tokenizer.save(out)
     models.save(out, model)
