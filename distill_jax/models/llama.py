@@ -174,8 +174,13 @@ class Mlp(nnx.Module):
     def __call__(self, x_BTD: Array) -> tuple[Array, dict[str, Array]]:
         """What the network adds to the residual stream, and the activations."""
         normed = rms_norm(x_BTD, self.norm[...], self.config.norm_eps)
-        neurons = jax.nn.silu(normed @ self.gate[...]) * (normed @ self.up[...])
-        return neurons @ self.down[...], {"mlp_input": normed, "neurons": neurons}
+        # One axis of tokens: given two, XLA on CPU turns the neurons' gradient around for the
+        # weights', by computing it again.
+        normed_ND = normed.reshape(-1, normed.shape[-1])
+        neurons_NF = jax.nn.silu(normed_ND @ self.gate[...]) * (normed_ND @ self.up[...])
+        neurons = neurons_NF.reshape(*normed.shape[:-1], -1)
+        added = (neurons_NF @ self.down[...]).reshape(normed.shape)
+        return added, {"mlp_input": normed, "neurons": neurons}
 
 
 class Block(nnx.Module):
