@@ -130,10 +130,11 @@ class Powers:
         return cls(**{name: jnp.zeros(shape) for name, shape in shapes.items()})
 
     @classmethod
-    def of(cls, layers: dict[str, Array], hidden_BTD: Array, where_BT: Array) -> "Powers":
-        """Of one batch: what `layer_powers` made of its layers, and the final hidden states."""
+    def of(cls, layers: dict[str, Array], final_BD: Array, where_BT: Array) -> "Powers":
+        """Of one batch: its `layer_powers` [L, B, ...], and `power` of the final hidden states."""
+        sums = {name: jnp.sum(rows, axis=1) for name, rows in layers.items()}
         tokens = jnp.sum(where_BT, dtype=jnp.float32)
-        return cls(**layers, final=_sum_of_squares(hidden_BTD, where_BT), tokens=tokens)
+        return cls(**sums, final=jnp.sum(final_BD, axis=0), tokens=tokens)
 
     def __add__(self, other: "Powers") -> "Powers":
         return jax.tree.map(jnp.add, self, other)
@@ -166,22 +167,23 @@ class Powers:
 
 
 def layer_powers(layer: dict[str, Array], where_BT: Array) -> dict[str, Array]:
-    """One layer's part of `Powers`, for `models.hidden_states` to observe."""
+    """One layer's part of `Powers`, by row, for `models.hidden_states` to observe."""
 
     def damaged(x: Array) -> Array:
         broken_BT = jnp.any(~jnp.isfinite(x.reshape(*where_BT.shape, -1)), axis=-1)
-        return jnp.sum(broken_BT, where=where_BT, dtype=jnp.float32)
+        return jnp.sum(broken_BT, axis=1, where=where_BT, dtype=jnp.float32)
 
     return {
-        "attention": _sum_of_squares(layer["attention_input"], where_BT),
-        "mlp": _sum_of_squares(layer["mlp_input"], where_BT),
-        "damaged": jnp.stack([damaged(layer[name]) for name in _PASSED]),
+        "attention": power(layer["attention_input"], where_BT),
+        "mlp": power(layer["mlp_input"], where_BT),
+        "damaged": jnp.stack([damaged(layer[name]) for name in _PASSED], axis=-1),
     }
 
 
-def _sum_of_squares(x_BTD: Array, where_BT: Array) -> Array:
+def power(x_BTD: Array, where_BT: Array) -> Array:
+    """Sum of squares by row and channel [B, D], over real tokens."""
     squares = jnp.square(x_BTD.astype(jnp.float32))
-    return jnp.sum(squares, axis=(0, 1), where=where_BT[..., None])
+    return jnp.sum(squares, axis=1, where=where_BT[..., None])
 
 
 def _relative_power(power: Array, weight: Array) -> Array:
@@ -211,7 +213,7 @@ def _over_sequence(x_BTn: Array, where_BT: Array, how: Aggregation) -> Array:
 def _observe(
     layer: dict[str, Array], where_BT: Array, kv_heads: int, how: Aggregation
 ) -> dict[str, Array]:
-    """One layer's contribution of one batch: row scores [B, n], and sums over tokens."""
+    """One layer's scores of a batch's rows [B, n], and sums over tokens [B]."""
     layer = {name: value.astype(jnp.float32) for name, value in layer.items()}
     heads_BTH = jnp.linalg.norm(layer["heads"], axis=-1)
     grouped_BTKG = heads_BTH.reshape(*heads_BTH.shape[:2], kv_heads, -1)
@@ -226,7 +228,7 @@ def _observe(
         "mlp_embed": layer["mlp_input"],
     }
     return {name: _over_sequence(x, where_BT, how) for name, x in rows.items()} | {
-        "cosine": jnp.sum(cosine_BT, where=where_BT),
+        "cosine": jnp.sum(cosine_BT, axis=1, where=where_BT),
     }
 
 
@@ -257,24 +259,46 @@ def accumulate(
     how: Aggregation,
     rows: jax.sharding.Sharding | None,
 ) -> dict[str, Any]:
-    """The totals with one batch more, which lies as `rows` says."""
+    """The totals with one batch more, which lies as `rows` says: each device reads its own."""
+
+    def of_rows(
+        params: models.Params,
+        tokens_BT: Array,
+        segments_BT: Array,
+        reading: models.Reading = models.Reading(),
+    ) -> Any:
+        where_BT = segments_BT > 0
+
+        def observe(layer: dict[str, Array]) -> Any:
+            return _observe(layer, where_BT, config.kv_heads, how), layer_powers(layer, where_BT)
+
+        hidden_BTD, observed = models.hidden_states(
+            config, params, tokens_BT, segments_BT, observe=observe, reading=reading
+        )
+        return _swap_rows(observed), power(hidden_BTD, where_BT)
+
+    mesh: Any = getattr(rows, "mesh", None)
+    if mesh is not None and rows == parallel.batch_sharding(mesh) and parallel.row_shards(mesh) > 1:
+        shares = parallel.Shares(mesh, models.logical_axes(config), params)
+        reading = models.Reading.of(shares)
+        of_rows = parallel.map_rows(functools.partial(of_rows, reading=reading), shares)
+    by_row, final_BD = of_rows(params, tokens_BT, segment_ids_BT)
+    observed, powers = _swap_rows(by_row)
     where_BT = segment_ids_BT > 0
-
-    def observe(layer: dict[str, Array]) -> Any:
-        return _observe(layer, where_BT, config.kv_heads, how), layer_powers(layer, where_BT)
-
-    hidden_BTD, (observed, powers) = models.hidden_states(
-        config, params, tokens_BT, segment_ids_BT, observe=observe, rows=rows
-    )
     real_row_B = jnp.any(where_BT, axis=1).astype(jnp.float32)
     return {
         name: total.merge(Moments.of(observed[name], real_row_B))
         for name, total in totals.items()
         if isinstance(total, Moments)
     } | {
-        "cosine": totals["cosine"] + observed["cosine"],
-        "powers": totals["powers"] + Powers.of(powers, hidden_BTD, where_BT),
+        "cosine": totals["cosine"] + jnp.sum(observed["cosine"], axis=1),
+        "powers": totals["powers"] + Powers.of(powers, final_BD, where_BT),
     }
+
+
+def _swap_rows(tree: Any) -> Any:
+    """[L, B, ...] <-> [B, L, ...]."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
 
 
 def activation_scores(

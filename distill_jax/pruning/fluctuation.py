@@ -18,6 +18,7 @@ from distill_jax.pruning.activations import (
     Moments,
     Powers,
     layer_powers,
+    power,
     tokens_and_segments,
 )
 
@@ -85,7 +86,7 @@ def _observe(
     hidden_BTD, (moments, powers) = models.hidden_states(
         config, params, tokens_BT, segment_ids_BT, observe=observe
     )
-    return moments, Powers.of(powers, hidden_BTD, where_BT)
+    return moments, Powers.of(powers, power(hidden_BTD, where_BT), where_BT)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

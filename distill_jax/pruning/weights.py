@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from distill_jax import models
-from distill_jax.pruning.activations import Batch, Powers, layer_powers
+from distill_jax.pruning.activations import Batch, Powers, layer_powers, power
 from distill_jax.pruning.calibration import head_loss, labelled
 
 
@@ -82,7 +82,8 @@ def _accumulate(
             observe=lambda layer: layer_powers(layer, where_BT),
         )
         summed = head_loss(config, params, hidden_BTD, batch)
-        return summed.loss, (Powers.of(layers, hidden_BTD, where_BT), summed.weight)
+        powers = Powers.of(layers, power(hidden_BTD, where_BT), where_BT)
+        return summed.loss, (powers, summed.weight)
 
     gradient, (powers, tokens) = jax.grad(loss, has_aux=True)(params)
     return jax.tree.map(lambda total, new: total + new, totals, (gradient, powers, tokens))
