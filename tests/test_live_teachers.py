@@ -62,6 +62,7 @@ def whole(run):
     return read_metrics(run.directory / "whole" / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_live_teacher_is_read_where_a_store_would_be(run):
     found = stages(run)
     assert [name for name in found if name.startswith("targets/")] == ["targets/small"]
@@ -69,6 +70,7 @@ def test_a_live_teacher_is_read_where_a_store_would_be(run):
     assert tuple(found[STUDENT].inputs) == inputs
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_the_definition_and_a_killed_training_ends_with_the_same_bits(
     run, whole, monkeypatch
 ):
@@ -102,6 +104,7 @@ def test_the_first_loss_is_the_definition_and_a_killed_training_ends_with_the_sa
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_computation_reads_the_teacher_in_bfloat16(run, whole, monkeypatch):
     loaded = {}
     load = Run.load

@@ -83,6 +83,7 @@ def smollm2_oracle(smollm2):
     return encode
 
 
+@pytest.mark.slow
 @given(text=mixed_text)
 @example(text=HARD_TEXTS[1])
 @example(text=HARD_TEXTS[2])

@@ -140,6 +140,7 @@ def test_minillms_expected_gradient_is_that_of_the_kl_of_whole_answers(share, mo
     np.testing.assert_allclose(along(gradient(weighed)), exact, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_minillms_gradient_over_drawn_answers_is_that_one_within_its_error():
     blocks, size = 32, 128
     student, teacher, made, gradient = minillm(size, 0.2, rollout_rows=blocks * size)

@@ -147,6 +147,7 @@ def test_every_answer_of_a_round_is_learnt_once_an_epoch(made_up):
     assert seen[0] != seen[2]
 
 
+@pytest.mark.slow
 def test_answers_are_drawn_by_the_parameters_of_their_own_step(tmp_path):
     """Those after one step are known from a run that ends there."""
     config = setting(divergence="reverse_kl")
@@ -202,6 +203,7 @@ def whole(tmp_path_factory):
         return place, ended(place)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_a_round_ends_with_the_same_bits(whole, tmp_path):
     for last in (7, 11):
         with pytest.raises(Killed):

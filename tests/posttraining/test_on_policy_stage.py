@@ -39,6 +39,7 @@ def files(tmp_path):
     return chats, asked
 
 
+@pytest.mark.slow
 def test_a_recipe_lets_a_teacher_correct_its_student(
     files, tokenizer, random_model, tmp_path, monkeypatch
 ):

@@ -255,6 +255,7 @@ def test_a_teacher_that_judges_must_be_there_first(run):
     assert stage.inputs == (context.CORPUS, context.SFT, "teachers/small")
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_from_a_file_and_judges_samples(
     run, tokenizer, tmp_path, monkeypatch
 ):

@@ -55,6 +55,7 @@ def products_by_differences(config, params, batch):
     return jax.tree.map(one, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_taylor_equals_finite_differences(tied):
     config = dataclasses.replace(SMALL, tied=tied)
@@ -100,6 +101,7 @@ def inputs(model, batch):
     ]
 
 
+@pytest.mark.slow
 def test_fluctuation_is_variance_times_squared_norm():
     config = dataclasses.replace(tiny.SOURCE, layers=2)
     model, batch = tiny.model(config), tiny.rows(5)
@@ -126,6 +128,7 @@ def test_fluctuation_is_variance_times_squared_norm():
     np.testing.assert_allclose(got.embed, embed, rtol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["taylor", "fluctuation"])
 def test_methods_measure_the_powers_that_norms_need(method):
     model, batch = tiny.model(), tiny.rows(4)

@@ -108,6 +108,7 @@ def test_a_quiet_channel_s_weights_grow_in_the_norm():
         np.testing.assert_allclose(*sizes, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_redundant_neurons_are_recovered():
     """Every second neuron is a copy of its neighbour: half of them can do all the work."""
     model = tiny.model()

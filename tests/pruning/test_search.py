@@ -72,6 +72,7 @@ def test_budgets_in_bytes_and_several_of_them():
     assert near.any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_losses_are_the_students_and_one_program_serves_all_shapes():
     model, scores = tiny.model(SOURCE), tiny.random_scores(SOURCE)
     config = SearchConfig(budgets=(5000,), tolerance=0.1, steps=4, repair_best=1)

@@ -38,6 +38,7 @@ def drawn(probs, draws, seed=0):
     return np.asarray(sampling.draw(keys, jnp.asarray(probs, jnp.float32)[None], draws))[0]
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution():
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.full(57, 0.3))

@@ -106,6 +106,7 @@ def test_weights_estimate_the_gradient_of_the_whole_distribution(logits):
     assert (np.abs(gradient - (1 / VOCAB - probs)) < 5 * error + 1e-4).all()
 
 
+@pytest.mark.slow
 def test_all_ids_as_top_k_give_the_whole_divergence(logits):
     scheme = teachers.TopK(k=VOCAB)
     arrays = scheme.unpack(encode(scheme, logits, keys(TOKENS)))

@@ -138,6 +138,7 @@ def crash_at(monkeypatch, number):
         monkeypatch.setattr(module, name, interrupted(getattr(module, name)))
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_boundary_ends_with_the_same_bytes(written, tmp_path):
     undisturbed = contents(written)
     crashes = 0
