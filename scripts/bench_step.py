@@ -2,7 +2,7 @@
 
     scripts/peers/setup                          # once: the peer's own environment
     python scripts/bench_step.py                 # everything
-    python scripts/bench_step.py --quick --json  # "text" beside the second peer, one line of JSON
+    python scripts/bench_step.py --quick --json  # "text" by layer alone, one line of JSON
 
 A step is what `train` compiles: loss and gradients of all parameters over packed rows of text,
 clipping, AdamW. "text" learns the next token by cross-entropy, "distillation" that and the forward
@@ -15,7 +15,7 @@ turn with the others; its first step is compiled and not timed.
 "core s" is the time of all cores together, which others on the machine change less than they change
 time by the clock. "off by" is the largest relative difference to our loss or gradient norm in any
 step: all have taken the same number of steps. The line of JSON has the median step in seconds, the
-same over that of torch.compile, the better one (below 1 ours is faster), and the difference to it,
+same over that of torch.compile, the better one (below 1 ours is faster), and how far that is off,
 all of "text".
 """
 

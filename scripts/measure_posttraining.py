@@ -8,7 +8,7 @@ The stages are those of configs/tiny.py, in its optimizer's settings but for the
 rates and the batches below. The task is to sort six digits ("Sort 325288"), and a program checks
 the answer. A model starts from random parameters and sees nothing but these questions. Questions
 are split by a hash into those to learn from, to tune on and to measure on; a seed draws the first
-parameters, the questions, their order, and all samples.
+parameters, the questions to learn from, their order, and all samples.
 
 "alignment": there are few right answers (64) for SFT; then rejection sampling asks other questions
 (800), 10 times each, and fine-tunes on the best answer to each that has a right one. What that
@@ -26,7 +26,8 @@ half of the rounds on its own; and MiniLLM.
 
 Right answers are counted over held-out questions, greedily and sampled at temperature 1; chosen and
 rejected are log-probabilities of whole answers, over the fresh pairs; entropy and cross-entropy are
-those of the next token, at the tokens of right answers to held-out questions.
+those of the next token, at the tokens of right answers to held-out questions. These are the same
+for all seeds.
 
 The settings were chosen with seeds 1000 and 1001 (of distillation, 1000 alone) on questions for
 tuning (any seed from 1000 on measures on these). Shown are means ± standard errors over seeds;

@@ -26,7 +26,6 @@ ATTENDED = "attended"
 
 _TILE = 128  # what lengths must be multiples of for the kernel
 _MOST_TILES = 16  # each is compiled
-_UNSEEN = -1e30  # a score; finite, so that padding, which sees nothing, gives no NaN
 _BLOCK = 1024  # twice as much does not fit a v5e's vector memory
 
 
@@ -42,7 +41,7 @@ def segment_attention(
     On a TPU it is splash attention (JAX's kernel of FlashAttention, Dao et al. 2022, that skips
     blocks above the diagonal) where every device works on rows of its own, or is alone: the
     compiler cannot split kernels. Elsewhere, and for lengths that are no multiples of 128, it is
-    XLA's products on tiles of queries.
+    `jax.nn.dot_product_attention` on tiles of queries.
     """
     if isinstance(rows, NamedSharding):
         return functools.partial(_on_own_rows, segment_ids_BT, rows)
@@ -87,28 +86,14 @@ def _in_tiles(
         seen = slice(None if times else tile.stop)
         same = query_ids[:, tile, None] == segment_ids_BT[:, None, seen]
         before = query_times[:, tile, None] >= key_times[:, None, seen]
-        tiles.append(_of_masked(query[:, tile], key[:, seen], value[:, seen], same & before))
+        mask_B1tT = (same & before)[:, None]
+        tiles.append(
+            jax.nn.dot_product_attention(
+                query[:, tile], key[:, seen], value[:, seen], mask=mask_B1tT
+            )
+        )
     heads = jnp.concatenate(tiles, axis=1) if len(tiles) > 1 else tiles[0]
     return checkpoint_name(heads, ATTENDED), cache
-
-
-def _of_masked(query_BtHC: Array, key_BTKC: Array, value_BTKC: Array, mask_BtT: Array) -> Array:
-    """`jax.nn.dot_product_attention`, with all queries of a key's head along one axis.
-
-    Given two, XLA on CPU turns the scores' gradient around for the keys', by computing it again.
-    """
-    batch, time, _, channels = query_BtHC.shape
-    kv_heads = key_BTKC.shape[2]
-    grouped = query_BtHC.reshape(batch, time, kv_heads, -1, channels).transpose(0, 2, 3, 1, 4)
-    query_BKQC = grouped.reshape(batch, kv_heads, -1, channels)
-    scores = jnp.einsum("BKQC,BTKC->BKQT", query_BKQC, key_BTKC, preferred_element_type=jnp.float32)
-    scores = (scores * channels**-0.5).reshape(*grouped.shape[:4], -1)
-    seen = jnp.where(mask_BtT[:, None, None], scores, _UNSEEN)
-    weights = jax.nn.softmax(seen, axis=-1).astype(value_BTKC.dtype)
-    heads_BKQC = jnp.einsum(
-        "BKQT,BTKC->BKQC", weights.reshape(*query_BKQC.shape[:3], -1), value_BTKC
-    )
-    return heads_BKQC.reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(query_BtHC.shape)
 
 
 def _shared(

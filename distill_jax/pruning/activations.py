@@ -259,13 +259,17 @@ def accumulate(
     how: Aggregation,
     rows: jax.sharding.Sharding | None,
 ) -> dict[str, Any]:
-    """The totals with one batch more, which lies as `rows` says: each device reads its own."""
+    """The totals with one batch more, which lies as `rows` says.
+
+    Where that is `parallel.batch_sharding`, every device reads rows of its own.
+    """
 
     def of_rows(
         params: models.Params,
         tokens_BT: Array,
         segments_BT: Array,
         reading: models.Reading = models.Reading(),
+        rows: jax.sharding.Sharding | None = None,
     ) -> Any:
         where_BT = segments_BT > 0
 
@@ -273,7 +277,7 @@ def accumulate(
             return _observe(layer, where_BT, config.kv_heads, how), layer_powers(layer, where_BT)
 
         hidden_BTD, observed = models.hidden_states(
-            config, params, tokens_BT, segments_BT, observe=observe, reading=reading
+            config, params, tokens_BT, segments_BT, observe=observe, reading=reading, rows=rows
         )
         return _swap_rows(observed), power(hidden_BTD, where_BT)
 
@@ -281,8 +285,10 @@ def accumulate(
     if mesh is not None and rows == parallel.batch_sharding(mesh) and parallel.row_shards(mesh) > 1:
         shares = parallel.Shares(mesh, models.logical_axes(config), params)
         reading = models.Reading.of(shares)
-        of_rows = parallel.map_rows(functools.partial(of_rows, reading=reading), shares)
-    by_row, final_BD = of_rows(params, tokens_BT, segment_ids_BT)
+        run = parallel.map_rows(functools.partial(of_rows, reading=reading), shares)
+    else:
+        run = functools.partial(of_rows, rows=rows)
+    by_row, final_BD = run(params, tokens_BT, segment_ids_BT)
     observed, powers = _swap_rows(by_row)
     where_BT = segment_ids_BT > 0
     real_row_B = jnp.any(where_BT, axis=1).astype(jnp.float32)

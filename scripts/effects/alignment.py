@@ -1,4 +1,4 @@
-"""SFT, rejection sampling, DPO with and without its NLL term: the recipe's stages, measured."""
+"""SFT, rejection sampling, and DPO on old and on fresh pairs: the recipe's stages, measured."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Forward KL on given answers, and what the student writes itself, corrected by a teacher."""
+"""Forward and reverse KL to a teacher, on given answers and on what the student writes itself."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

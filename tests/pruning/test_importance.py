@@ -7,7 +7,7 @@ import numpy_llama
 import pytest
 import tiny
 
-from distill_jax import models
+from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.pruning import ImportanceConfig, Scores, importance, make_plan, model_fingerprint
 
@@ -187,6 +187,22 @@ def test_scores_file(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"broken\.safetensors: not a scores file"):
         Scores.load(tmp_path / "broken.safetensors")
+
+
+def test_rows_of_eight_devices_score_as_those_of_one():
+    config = dataclasses.replace(tiny.SOURCE, embed=16, vocab_size=32)
+    model, batch = tiny.model(config), tiny.rows(7, vocab_size=32)
+    one = importance(model, [batch])
+    mesh = parallel.make_mesh(parallel.MeshConfig(fsdp=4, tensor=2))
+    places = parallel.shardings(mesh, models.logical_axes(config), model.params)
+    spread = models.Model(config, jax.device_put(model.params, places))
+    for split in (parallel.batch_sharding(mesh), jax.NamedSharding(mesh, jax.P())):
+        eight = importance(spread, [batch], batch_sharding=split)
+        assert eight.rows == one.rows
+        for name in ARRAYS:
+            np.testing.assert_allclose(
+                getattr(eight, name), getattr(one, name), rtol=1e-4, atol=1e-6, err_msg=name
+            )
 
 
 def test_fingerprint_sees_every_weight_but_not_the_devices():

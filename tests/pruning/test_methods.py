@@ -56,7 +56,7 @@ def products_by_differences(config, params, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("tied", [True, False])
 def test_taylor_equals_finite_differences(tied):
     config = dataclasses.replace(SMALL, tied=tied)
     model, batch = tiny.model(config, scale=0.5), tiny.rows(3, time=5, vocab_size=7)
