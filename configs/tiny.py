@@ -44,7 +44,7 @@ def get_config(
         task="continents",
         problems=24 if test else 60,
         sft=SftConfig(sequence_length=128),
-        sft_train=_train(80),
+        sft_train=_train(120 if test else 80),
         replay=0.25,
         on_policy=OnPolicyConfig(
             teacher="large",
