@@ -40,13 +40,7 @@ def stages(run: context.Run, files: dict[str, str], size: sizes.Size) -> list[St
         runs.stage(run, DPO, FRESH, **fresh),
         runs.stage(run, DPO, LOOSE, **fresh, **loose),
         runs.stage(run, DPO, NO_NLL, **fresh, **loose, **{"dpo.nll_weight": 0.0}),
-        Stage(
-            name=NAME,
-            command=NAME,
-            recipe={"questions": size.measured, "digits": size.digits},
-            inputs=(context.CORPUS, *MODELS),
-            work=lambda place: _measured(run, size),
-        ),
+        runs.measuring(NAME, MODELS, size, lambda: _measured(run, size)),
     ]
 
 

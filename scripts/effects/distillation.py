@@ -54,13 +54,7 @@ def stages(run: context.Run, files: dict[str, str], size: sizes.Size) -> list[St
     return [
         runs.stage(run, SFT, TEACHER, context.student(run.recipe.seeds[0]), **lessons),
         *(runs.stage(run, ON_POLICY, name, REJECTION, **changes) for name, changes in ways),
-        Stage(
-            name=NAME,
-            command=NAME,
-            recipe={"questions": size.measured, "digits": size.digits},
-            inputs=(context.CORPUS, *MODELS),
-            work=lambda place: _measured(run, size),
-        ),
+        runs.measuring(NAME, MODELS, size, lambda: _measured(run, size)),
     ]
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import questions
@@ -108,6 +108,19 @@ def stage(
     post = with_changes(run.recipe.posttraining, changes)
     made = recipe_stages.stage(run, post, str(pathlib.PurePath(name).with_name(kind)), start)
     return dataclasses.replace(made, name=name, command=name, inputs=(*made.inputs, *reads))
+
+
+def measuring(
+    name: str, models: Sequence[str], size: sizes.Size, measure: Callable[[], dict[str, Any]]
+) -> Stage:
+    """The stage that measures what other stages left."""
+    return Stage(
+        name=name,
+        command=name,
+        recipe={"questions": size.measured, "digits": size.digits},
+        inputs=(context.CORPUS, *models),
+        work=lambda place: measure(),
+    )
 
 
 def with_changes(post: PostTrainingConfig, changes: Mapping[str, Any]) -> PostTrainingConfig:

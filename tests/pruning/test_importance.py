@@ -9,7 +9,14 @@ import tiny
 
 from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
-from distill_jax.pruning import ImportanceConfig, Scores, importance, make_plan, model_fingerprint
+from distill_jax.pruning import (
+    ImportanceConfig,
+    Scores,
+    activations,
+    importance,
+    make_plan,
+    model_fingerprint,
+)
 
 ARRAYS = [
     field.name
@@ -203,6 +210,22 @@ def test_rows_of_eight_devices_score_as_those_of_one():
             np.testing.assert_allclose(
                 getattr(eight, name), getattr(one, name), rtol=1e-4, atol=1e-6, err_msg=name
             )
+
+
+def test_a_device_makes_layers_whole_and_reads_rows_of_its_own():
+    config = dataclasses.replace(tiny.SOURCE, embed=16, vocab_size=32)
+    mesh = parallel.make_mesh(parallel.MeshConfig(fsdp=8))
+    tokens = np.zeros((8, 4), np.int32)
+    traced = activations.accumulate.trace(
+        activations.zeros(config),
+        tiny.model(config).params,
+        tokens,
+        tokens + 1,
+        config=config,
+        how="mean",
+        rows=parallel.batch_sharding(mesh),
+    )
+    assert "all_gather" in str(traced.jaxpr)
 
 
 def test_fingerprint_sees_every_weight_but_not_the_devices():

@@ -48,18 +48,13 @@ def check(name, **kwargs):
 
 
 @pytest.mark.slow
-def test_forward_kl_passes_the_whole_check():
-    report = check("forward_kl")
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+def test_divergences_of_ours_pass(name):
+    report = check(name)
     assert len(report.passed) >= 23
-    assert not report.refused
-
-
-@pytest.mark.slow
-def test_reverse_kl_passes_and_refuses_samples():
-    report = check("reverse_kl", temperatures=(2.0,), examples=10)
-    assert len(report.passed) >= 20
-    assert report.refused.keys() == {"sampled"}
-    assert "forward_kl, or store TopKTargets" in report.refused["sampled"]
+    refused = set() if name == "forward_kl" else {"sampled"}
+    assert report.refused.keys() == refused
+    assert all("forward_kl, or store TopKTargets" in said for said in report.refused.values())
 
 
 @pytest.mark.slow
