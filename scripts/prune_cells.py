@@ -220,16 +220,13 @@ class Bench:
         optimizer = optax.adamw(
             optax.warmup_cosine_decay_schedule(0.0, RATE, max(steps // 10, 1), steps), b2=0.95
         )
-        state = student.params, optimizer.init(student.params)
-        for batch in batches:
-            state = train_step(
-                optimizer,
-                student.config,
-                self.model.config,
-                state,
-                self.model.params,
-                labelled(batch, None),
-            )
+        step = functools.partial(train_step, optimizer, student.config, self.model.config)
+        # A copy: the step takes its state's place, and what no cut changed is the whole model's.
+        params = jax.tree.map(jax.numpy.copy, student.params)
+        state = params, optimizer.init(params)
+        with jax.default_matmul_precision("tensorfloat32"):  # a GPU's; a CPU has float32 alone
+            for batch in batches:
+                state = step(state, self.model.params, labelled(batch, None))
         return models.Model(student.config, state[0])
 
     def perplexity(self, model: models.Model) -> float:

@@ -17,6 +17,9 @@ cell's figure are kept in the work directory: the same command goes on where it 
 - draw: of the calibration passages, and the seed of the random method.
 
 `--cuts`, `--shapes` and `--methods` choose cells; `--methods "activation, influence"` names one.
+On a GPU (`JAX_PLATFORMS=cuda JAX_DEFAULT_MATMUL_PRECISION=highest`) a cell takes seconds, of which
+most are compiling; then processes `--share 1/N` to `N/N` do all sooner, once `--prepare` has left
+in the work directory what cells share.
 
 Calibration is 64 rows of 512 tokens, drawn from the passages of train; Taylor's gradient and the
 perplexity without a layer, which cost most, read the first 16 and 4 of them. Perplexity is that of
@@ -39,6 +42,21 @@ import rich.table
 from prune_cells import METHODS, REPAIRS, Bench, Cell, cells
 
 
+def share(wanted: list[Cell], which: str) -> list[Cell]:
+    """The cells of process K of "K/N": all of a shape, so that no two compile its programs."""
+    number, count = map(int, which.split("/"))
+    shapes = list(dict.fromkeys((cell.shape, cell.cut) for cell in wanted))
+    mine = shapes[number % count :: count]
+    return [cell for cell in wanted if (cell.shape, cell.cut) in mine]
+
+
+def prepare(bench: Bench, wanted: list[Cell]) -> None:
+    """Leaves in the work directory what the cells share."""
+    for cell in wanted:
+        for missing in bench.preparations(cell):
+            missing()
+
+
 def measure(bench: Bench, wanted: list[Cell]) -> None:
     """Adds a line for each cell that the work directory lacks."""
     file = bench.work / "cells.jsonl"
@@ -47,8 +65,7 @@ def measure(bench: Bench, wanted: list[Cell]) -> None:
         write(file, None, {"perplexity": bench.perplexity(bench.model)})
     missing = [cell for cell in dict.fromkeys(c.measured_as for c in wanted) if cell not in done]
     for number, cell in enumerate(missing, 1):
-        for prepare in bench.preparations(cell):
-            prepare()
+        prepare(bench, [cell])
         start = time.monotonic()
         model = bench.student(cell)
         if cell.distilled:
@@ -162,6 +179,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="as the table names them (default: all)")
     parser.add_argument("--distill", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=list(REPAIRS))
+    parser.add_argument("--prepare", action="store_true", help="only what several cells share")
+    parser.add_argument("--share", default="1/1", metavar="K/N", help="the K-th of N processes")
     parser.add_argument("--show", action="store_true", help="compute nothing")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
@@ -176,7 +195,11 @@ def main() -> None:
     if not options.show:
         # What a plan decides is data of the same program, so the compiled one is found again.
         jax.config.update("jax_compilation_cache_dir", str(options.work / "compiled"))
-        measure(Bench(options.work), wanted)
+        bench = Bench(options.work)
+        if options.prepare:
+            prepare(bench, wanted)
+            return
+        measure(bench, share(wanted, options.share))
     found = read(options.work / "cells.jsonl")
     rows = summary(found, wanted)
     show(found, rows)
