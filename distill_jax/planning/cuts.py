@@ -159,7 +159,7 @@ class _Cut:
                 self.tokens_BT,
                 config=source,
                 how=how,
-                rows=parallel.batch_sharding(self.mesh),
+                batch_sharding=parallel.batch_sharding(self.mesh),
             ),
             {"sums": totals},
         )

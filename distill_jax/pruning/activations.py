@@ -7,7 +7,7 @@ D embed.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -248,7 +248,9 @@ def zeros(config: models.LlamaConfig) -> dict[str, Any]:
     }
 
 
-@functools.partial(jax.jit, static_argnames=("config", "how", "rows"), donate_argnames="totals")
+@functools.partial(
+    jax.jit, static_argnames=("config", "how", "batch_sharding"), donate_argnames="totals"
+)
 def accumulate(
     totals: dict[str, Any],
     params: models.Params,
@@ -257,38 +259,22 @@ def accumulate(
     *,
     config: models.LlamaConfig,
     how: Aggregation,
-    rows: jax.sharding.Sharding | None,
+    batch_sharding: jax.sharding.Sharding | None,
 ) -> dict[str, Any]:
-    """The totals with one batch more, which lies as `rows` says.
+    """The totals with one batch more, which lies as `batch_sharding` says.
 
     Where that is `parallel.batch_sharding`, every device reads rows of its own.
     """
-
-    def of_rows(
-        params: models.Params,
-        tokens_BT: Array,
-        segments_BT: Array,
-        reading: models.Reading = models.Reading(),
-        rows: jax.sharding.Sharding | None = None,
-    ) -> Any:
-        where_BT = segments_BT > 0
-
-        def observe(layer: dict[str, Array]) -> Any:
-            return _observe(layer, where_BT, config.kv_heads, how), layer_powers(layer, where_BT)
-
-        hidden_BTD, observed = models.hidden_states(
-            config, params, tokens_BT, segments_BT, observe=observe, reading=reading, rows=rows
-        )
-        return _swap_rows(observed), power(hidden_BTD, where_BT)
-
-    mesh: Any = getattr(rows, "mesh", None)
-    if mesh is not None and rows == parallel.batch_sharding(mesh) and parallel.row_shards(mesh) > 1:
+    read: Callable[..., Any] = functools.partial(_read, config, how)
+    mesh: Any = getattr(batch_sharding, "mesh", None)
+    split = mesh is not None and batch_sharding == parallel.batch_sharding(mesh)
+    if split and parallel.row_shards(mesh) > 1:
         shares = parallel.Shares(mesh, models.logical_axes(config), params)
         reading = models.Reading.of(shares)
-        run = parallel.map_rows(functools.partial(of_rows, reading=reading), shares)
+        read = parallel.map_rows(functools.partial(read, reading=reading), shares)
     else:
-        run = functools.partial(of_rows, rows=rows)
-    by_row, final_BD = run(params, tokens_BT, segment_ids_BT)
+        read = functools.partial(read, rows=batch_sharding)
+    by_row, final_BD = read(params, tokens_BT, segment_ids_BT)
     observed, powers = _swap_rows(by_row)
     where_BT = segment_ids_BT > 0
     real_row_B = jnp.any(where_BT, axis=1).astype(jnp.float32)
@@ -300,6 +286,29 @@ def accumulate(
         "cosine": totals["cosine"] + jnp.sum(observed["cosine"], axis=1),
         "powers": totals["powers"] + Powers.of(powers, final_BD, where_BT),
     }
+
+
+def _read(
+    config: models.LlamaConfig,
+    how: Aggregation,
+    params: models.Params,
+    tokens_BT: Array,
+    segment_ids_BT: Array,
+    **reading: Any,
+) -> Any:
+    """What rows show, [B, ...] so that rows can be split, and the power of their final states.
+
+    `reading` says how `models.hidden_states` has layers and rows.
+    """
+    where_BT = segment_ids_BT > 0
+
+    def observe(layer: dict[str, Array]) -> Any:
+        return _observe(layer, where_BT, config.kv_heads, how), layer_powers(layer, where_BT)
+
+    hidden_BTD, observed = models.hidden_states(
+        config, params, tokens_BT, segment_ids_BT, observe=observe, **reading
+    )
+    return _swap_rows(observed), power(hidden_BTD, where_BT)
 
 
 def _swap_rows(tree: Any) -> Any:
@@ -329,7 +338,7 @@ def activation_scores(
             segments,
             config=model.config,
             how=sequence,
-            rows=batch_sharding,
+            batch_sharding=batch_sharding,
         )
     powers: Powers = totals.pop("powers")
     arrays = powers.relative(model.params)

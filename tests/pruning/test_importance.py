@@ -223,7 +223,7 @@ def test_a_device_makes_layers_whole_and_reads_rows_of_its_own():
         tokens + 1,
         config=config,
         how="mean",
-        rows=parallel.batch_sharding(mesh),
+        batch_sharding=parallel.batch_sharding(mesh),
     )
     assert "all_gather" in str(traced.jaxpr)
 
