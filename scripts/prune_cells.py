@@ -116,7 +116,7 @@ class Bench:
 
     def rows(self, name: str, split: str, seed: int, count: int) -> list[pruning.Batch]:
         """The first rows of a split's passages in an order drawn from the seed."""
-        file = self.work / f"{name}.npz"
+        file = self._rows_file(name)
         if not file.exists():
             config = data.CorpusConfig(held_out_fraction=0.1, out_of_domain=None)
             texts = [text for kind, text in data.passages(config) if kind == split]
@@ -137,6 +137,14 @@ class Bench:
     def held_out(self) -> list[pruning.Batch]:
         return self.rows("held-out", "held_out", 0, HELD_OUT_ROWS)
 
+    def lessons(self, tokens: int) -> list[pruning.Batch]:
+        """What `distill` reads, a batch a step."""
+        steps = -(-tokens // (BATCH * LENGTH))
+        return self.rows(f"distill-{steps}", "train", 1_000_000, steps * BATCH)
+
+    def _rows_file(self, name: str) -> pathlib.Path:
+        return self.work / f"{name}.npz"
+
     def _scores_file(self, method: str, draw: int) -> pathlib.Path:
         return self.work / f"scores-{method}-{draw}.safetensors"
 
@@ -149,6 +157,12 @@ class Bench:
     def preparations(self, cell: Cell) -> list[Callable[[], Any]]:
         """What several cells share and no file holds yet; each takes as long as many cells."""
         draw, found = cell.draw, []
+        if not self._rows_file(f"calibration-{draw}").exists():
+            found.append(functools.partial(self.calibration, draw))
+        if not self._rows_file("held-out").exists():
+            found.append(lambda: self.held_out)
+        if cell.distilled:
+            found.append(functools.partial(self.lessons, cell.distilled))
         methods = {cell.inner or "activation", LAYERS_OF.get(cell.layers, cell.layers)} - {""}
         for method in sorted(methods - {"perplexity"}):
             if not self._scores_file(method, draw).exists():
@@ -215,8 +229,8 @@ class Bench:
 
     def distill(self, student: models.Model, tokens: int) -> models.Model:
         """The student after forward KL to the whole model on that many tokens, once each."""
-        steps = -(-tokens // (BATCH * LENGTH))
-        batches = self.rows(f"distill-{steps}", "train", 1_000_000, steps * BATCH)
+        batches = self.lessons(tokens)
+        steps = len(batches)
         optimizer = optax.adamw(
             optax.warmup_cosine_decay_schedule(0.0, RATE, max(steps // 10, 1), steps), b2=0.95
         )

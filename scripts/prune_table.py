@@ -17,9 +17,9 @@ cell's figure are kept in the work directory: the same command goes on where it 
 - draw: of the calibration passages, and the seed of the random method.
 
 `--cuts`, `--shapes` and `--methods` choose cells; `--methods "activation, influence"` names one.
-On a GPU (`JAX_PLATFORMS=cuda JAX_DEFAULT_MATMUL_PRECISION=highest`) a cell takes seconds, of which
-most are compiling; then processes `--share 1/N` to `N/N` do all sooner, once `--prepare` has left
-in the work directory what cells share.
+On a GPU (`JAX_PLATFORMS=cuda JAX_DEFAULT_MATMUL_PRECISION=highest`) a cell takes seconds, and
+processes `--share 1/N` to `N/N` do all sooner, once `--prepare`, with the same choice of cells, has
+left in the work directory what they share.
 
 Calibration is 64 rows of 512 tokens, drawn from the passages of train; Taylor's gradient and the
 perplexity without a layer, which cost most, read the first 16 and 4 of them. Perplexity is that of
@@ -42,11 +42,18 @@ import rich.table
 from prune_cells import METHODS, REPAIRS, Bench, Cell, cells
 
 
-def share(wanted: list[Cell], which: str) -> list[Cell]:
-    """The cells of process K of "K/N": all of a shape, so that no two compile its programs."""
-    number, count = map(int, which.split("/"))
+def part(text: str) -> tuple[int, int]:
+    """K and N of "K/N"."""
+    number, count = map(int, text.split("/"))
+    if not 1 <= number <= count:
+        raise argparse.ArgumentTypeError(f"{text} is not K/N with K from 1 to N")
+    return number, count
+
+
+def share(wanted: list[Cell], number: int, count: int) -> list[Cell]:
+    """The cells of one process of several: all of a shape, so that no two compile its programs."""
     shapes = list(dict.fromkeys((cell.shape, cell.cut) for cell in wanted))
-    mine = shapes[number % count :: count]
+    mine = shapes[number - 1 :: count]
     return [cell for cell in wanted if (cell.shape, cell.cut) in mine]
 
 
@@ -180,7 +187,9 @@ def main() -> None:
     parser.add_argument("--distill", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=list(REPAIRS))
     parser.add_argument("--prepare", action="store_true", help="only what several cells share")
-    parser.add_argument("--share", default="1/1", metavar="K/N", help="the K-th of N processes")
+    parser.add_argument(
+        "--share", type=part, default=(1, 1), metavar="K/N", help="K-th of N processes"
+    )
     parser.add_argument("--show", action="store_true", help="compute nothing")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
@@ -199,7 +208,7 @@ def main() -> None:
         if options.prepare:
             prepare(bench, wanted)
             return
-        measure(bench, share(wanted, options.share))
+        measure(bench, share(wanted, *options.share))
     found = read(options.work / "cells.jsonl")
     rows = summary(found, wanted)
     show(found, rows)

@@ -1,5 +1,6 @@
 """The cells of the pruning table: which process measures which, and what a cell leaves alone."""
 
+import argparse
 import dataclasses
 import importlib
 import pathlib
@@ -27,11 +28,17 @@ def table():
 @pytest.mark.parametrize("count", [1, 3, 10, 40])
 def test_processes_share_all_cells_and_no_shape(table, count):
     wanted = table.prune_cells.cells([15, 70], 2, 0)
-    shares = [table.prune_table.share(wanted, f"{k}/{count}") for k in range(1, count + 1)]
+    shares = [table.prune_table.share(wanted, k, count) for k in range(1, count + 1)]
     assert sum(map(len, shares)) == len(wanted)
     assert {cell for share in shares for cell in share} == set(wanted)
     shapes = [{(cell.shape, cell.cut) for cell in share} for share in shares]
     assert sum(map(len, shapes)) == len(set.union(*shapes))
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1/0"])
+def test_a_share_is_one_of_as_many_as_there_are(table, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not K/N"):
+        table.prune_table.part(text)
 
 
 def test_distilling_takes_nothing_from_the_whole_model(table, monkeypatch):
@@ -49,3 +56,22 @@ def test_distilling_takes_nothing_from_the_whole_model(table, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, whole.params, before)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max() > 0, student.params, before)
     assert all(jax.tree.leaves(moved))
+
+
+def test_what_is_prepared_are_all_rows_that_cells_read(table, tmp_path, monkeypatch):
+    """Else processes that share the work directory would write the same file at once."""
+    bench = object.__new__(table.prune_cells.Bench)
+    bench.work = tmp_path
+    asked = []
+
+    def rows(name, *_):
+        asked.append(name)
+        (tmp_path / f"{name}.npz").touch()
+        return []
+
+    monkeypatch.setattr(bench, "rows", rows)
+    for name in ("scores", "layer_scores"):
+        monkeypatch.setattr(bench, name, lambda *_: None)
+    wanted = table.prune_cells.cells([30], 2, 4096)
+    table.prune_table.prepare(bench, [c for c in wanted if c.repair == "in_sequence" and c.inner])
+    assert {"calibration-0", "calibration-1", "held-out", "distill-2"} == set(asked)
