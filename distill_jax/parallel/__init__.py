@@ -16,6 +16,7 @@ from distill_jax.parallel.mesh import (
     shardings,
     time_shards,
 )
+from distill_jax.parallel.options import compiler_options
 from distill_jax.parallel.processes import (
     EXIT_AGAIN,
     ProcessError,
@@ -60,6 +61,7 @@ __all__ = [
     "barrier",
     "batch_sharding",
     "compile_lowered",
+    "compiler_options",
     "count",
     "deferring",
     "gather",

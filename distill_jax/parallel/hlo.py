@@ -117,11 +117,13 @@ class Program:
         """The collective that an instruction is or wraps; whether it keeps a share of the sum."""
         if op.opcode.removesuffix("-start") in _COLLECTIVES:
             return op, False
-        if op.opcode in ("fusion", "async-start"):
-            for part in self.computations.get(op.attribute("calls"), {}).values():
+        if op.opcode in ("fusion", "async-start", "call-start"):
+            # A call that starts is one for another core than the one of matrix products.
+            inner = op.attribute("to_apply" if op.opcode == "call-start" else "calls")
+            for part in self.computations.get(inner, {}).values():
                 found, _ = self.collective(part)
                 if found:
-                    return found, "all-reduce-scatter" in op.attribute("calls")
+                    return found, "all-reduce-scatter" in inner
         return None, False
 
     def _turns(self, loop: Op, around: Computation, otherwise: int | None) -> int:

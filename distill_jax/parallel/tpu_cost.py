@@ -259,7 +259,8 @@ def _array(type_: str) -> list[int] | None:
 def _flights(program: hlo.Program, order: Sequence[Any], work: Sequence[_Work]) -> dict[int, float]:
     """Where each asynchronous collective starts, and the seconds of work until it is done.
 
-    Start, fusions that it rides on, and end all hold it: the same channel and the same shape.
+    An end names its start. Of one that rides on fusions all hold it: the same channel, chain and
+    shape.
     """
     spans: dict[Any, tuple[int, int]] = {}
     starts: dict[str, Any] = {}  # of pairs of instructions the second names the first
@@ -268,7 +269,9 @@ def _flights(program: hlo.Program, order: Sequence[Any], work: Sequence[_Work]) 
         if collective and op.is_asynchronous:
             shape = re.sub(r"\{[^}]*\}", "", collective.type)
             channel = hlo.number(r"channel_id=(\d+)", collective.rest)
-            key = channel, shape, id(around) if channel is None else 0
+            chain = hlo.number(r'chain_id="(\d+)"', collective.rest)
+            alone = channel is None or op.opcode.endswith("-start")
+            key = (id(around), op.name) if alone else (channel, chain, shape)
             spans[key] = spans.get(key, (place, place))[0], place
             starts[op.name] = key
         elif op.opcode.endswith("-done") and op.operands and op.operands[0] in starts:

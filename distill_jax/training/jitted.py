@@ -64,6 +64,7 @@ def jit_step(
         donate_argnums=0,  # the old state's memory holds the new one
         in_shardings=(shardings, rows, *jax.tree.map(lambda x: x.sharding, frozen)),
         out_shardings=(shardings, None),
+        compiler_options=parallel.compiler_options(mesh) or None,
     )
     return JittedStep(function, state, rows, optimizer)
 

@@ -215,6 +215,46 @@ def test_products_on_which_a_collective_rides_count_and_it_counts_once():
     assert cost.collectives["all-gather"].count == 1
 
 
+def test_two_of_one_channel_and_shape_are_told_apart_by_their_chains():
+    chained = riding("start").replace("channel_id=7", 'channel_id=1, chain_id="{0}"')
+    body = ["%p = f32[256,1024] parameter(0)"]
+    for chain in (1, 2):
+        body += [
+            f"%async-collective-start.{chain} = f32[256,1024] fusion(%p), calls=%start{chain}",
+            f"%work.{chain} = f32[8] negate(%p), {cycles(10_000)}",
+            f"%async-collective-done.{chain} = f32[8] fusion(%p), calls=%done{chain}",
+        ]
+    computations = [
+        chained.replace("{0}", str(chain)).replace("%start", f"%{kind}{chain}")
+        for kind in ("start", "done")
+        for chain in (1, 2)
+    ]
+    cost = estimate(module(body, *computations), CHIP)
+    assert cost.collectives["all-gather"].count == 2
+    assert cost.collective_seconds == pytest.approx(2 * (GATHERED - 10_000 / 1e9))
+
+
+def test_collectives_that_another_core_runs_are_waited_for_at_their_end():
+    """A reduce-scatter sends three quarters of its argument; each is a call of its own."""
+    called = f"""%called (a: f32[1024,1024]) -> f32[256,1024] {{
+  %a = f32[1024,1024]{{1,0:T(8,128)}} parameter(0)
+  ROOT %r = f32[256,1024]{{1,0:T(8,128)}} reduce-scatter(%a), {FOUR}, channel_id=1
+}}, execution_thread="sparsecore"
+"""
+    core = 'async_execution_thread="sparsecore", to_apply=%called'
+    start = f"((f32[1024,1024], token[]), f32[256,1024]) call-start(%p), {core}"
+    body = ["%p = f32[1024,1024] parameter(0)"]
+    body += [f"%one.call-start = {start}", f"%work = f32[8] negate(%p), {cycles(10_000)}"]
+    body += [f"%two.call-start = {start}"]
+    body += [f"%{n} = f32[256,1024] call-done(%{n}.call-start)" for n in ("one", "two")]
+    cost = estimate(module(body, called), CHIP)
+    found = cost.collectives["reduce-scatter"]
+    assert (found.count, found.bytes) == (2, 2 * 0.75 * MIB)
+    assert found.seconds == pytest.approx(2 * GATHERED)
+    assert found.waits == pytest.approx(found.seconds - 10_000 / 1e9)
+    assert cost.compute_seconds == pytest.approx(10_000 / 1e9)
+
+
 def test_links_bound_the_time():
     """Three collectives in flight at once are hidden behind the same work, but share the links."""
     body = ["%p = f32[256,1024] parameter(0)"]

@@ -4,10 +4,12 @@ import numpy as np
 import optax
 import pytest
 
-from distill_jax import losses
+from distill_jax import losses, parallel
 from distill_jax.training import (
     OptimizerConfig,
+    TrainConfig,
     TrainState,
+    jit_step,
     learning_rate,
     make_optimizer,
     make_step,
@@ -120,3 +122,14 @@ def test_optimizer_equals_pytorch():
         optimizer.step()
     np.testing.assert_allclose(state.params["weight"], weight.detach().numpy(), rtol=2e-5)
     np.testing.assert_allclose(state.params["norm"], norm.detach().numpy(), rtol=2e-5)
+
+
+def test_the_step_is_compiled_with_the_options_of_its_mesh(monkeypatch):
+    mesh, asked = parallel.make_mesh(), []
+    options = {"xla_no_such_option": True}
+    monkeypatch.setattr(parallel, "compiler_options", lambda mesh: asked.append(mesh) or options)
+    params, batch = problem()
+    jitted = jit_step(params, AXES, regression, TrainConfig(steps=1), mesh)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        jitted.function.lower(jitted.state, batch).compile()
+    assert asked == [mesh]
