@@ -106,8 +106,15 @@ def test_gradients_are_scattered_beside_work(name):
     mesh = parallel.make_mesh(None, topology.devices())
     assert parallel.compiler_options(mesh)
     shape = models.LlamaConfig(
-        vocab_size=1024, embed=512, layers=2, heads=4, kv_heads=4, head_dim=128, mlp=2048, tied=True,
-    )  # fmt: skip
+        vocab_size=1024,
+        embed=512,
+        layers=2,
+        heads=4,
+        kv_heads=4,
+        head_dim=128,
+        mlp=2048,
+        tied=True,
+    )
     loss = training.language_model_loss(
         shape, losses.hard_labels(), remat="full", compute_dtype="bfloat16", mesh=mesh
     )
