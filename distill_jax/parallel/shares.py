@@ -58,10 +58,12 @@ class Shares:
         gone, and must not be split.
         """
 
-        def one(share: Array, split: Spec) -> Array:
-            return _gather(share, split[len(split) - share.ndim :], self._dtype, self.rows)
+        def one(path: Any, share: Array, split: Spec) -> Array:
+            split = split[len(split) - share.ndim :]
+            what = ".".join([name, *(key.key for key in path)])
+            return _gather(share, split, self._dtype, self.rows, what)
 
-        return lambda tree: jax.tree.map(one, tree, self._splits[name])
+        return lambda tree: jax.tree.map_with_path(one, tree, self._splits[name])
 
     def lookup(self, name: str) -> Callable[[Array, Array], Array]:
         """A function (table_VD, tokens) -> rows [..., D] of a table that is split along D.
@@ -73,7 +75,7 @@ class Shares:
         def look_up(table: Array, tokens: Array) -> Array:
             outer, inner = embed[:1], embed[1:]
             summed = tuple(name for name in self.rows if name not in outer)
-            table = _gather(table, (vocabulary, inner), str(table.dtype), summed)
+            table = _gather(table, (vocabulary, inner), str(table.dtype), summed, name)
             ids = tokens.reshape(-1)
             for axis in outer:
                 ids = jax.lax.all_gather(ids, axis, tiled=True)
@@ -169,28 +171,32 @@ def _shard_map(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(share: Array, split: Spec, dtype: str, rows: tuple[str, ...]) -> Array:
-    """The whole of a share; its derivative is summed over the axes `rows`, in float32."""
-    return _all_gather(share, split, dtype, rows)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(share: Array, split: Spec, dtype: str, rows: tuple[str, ...], what: str) -> Array:
+    """The whole of a share; its derivative is summed over the axes `rows`, in float32.
+
+    Collectives lie in scopes that say of what they are: "whole.layers.mlp.gate" and "gradient...".
+    """
+    return _all_gather(share, split, dtype, rows, what)
 
 
-def _all_gather(share: Array, split: Spec, dtype: str, rows: tuple[str, ...]) -> Array:
+def _all_gather(share: Array, split: Spec, dtype: str, rows: tuple[str, ...], what: str) -> Array:
     def gather(share: Array) -> Array:
         for axis, names in enumerate(split):
             for name in reversed(_among(names, rows)):
                 share = jax.lax.all_gather(share, name, axis=axis, tiled=True)
         return share
 
-    return _on_shards(split, rows, gather)(share.astype(dtype))
+    with jax.named_scope(f"whole.{what}"):
+        return _on_shards(split, rows, gather)(share.astype(dtype))
 
 
-def _gather_forward(share: Array, split: Spec, dtype: str, rows: tuple[str, ...]) -> Any:
-    return _all_gather(share, split, dtype, rows), jnp.zeros((), share.dtype)
+def _gather_forward(share: Array, *static: Any) -> Any:
+    return _all_gather(share, *static), jnp.zeros((), share.dtype)
 
 
 def _gather_backward(
-    split: Spec, dtype: str, rows: tuple[str, ...], like: Array, bar: Array
+    split: Spec, dtype: str, rows: tuple[str, ...], what: str, like: Array, bar: Array
 ) -> tuple[Array]:
     del dtype
 
@@ -202,7 +208,8 @@ def _gather_backward(
         rest = tuple(n for n in rows if n not in used and jax.lax.axis_size(n) > 1)
         return jax.lax.psum(bar, rest) if rest else bar
 
-    return (_on_shards(split, rows, reduce)(bar.astype(jnp.float32)).astype(like.dtype),)
+    with jax.named_scope(f"gradient.{what}"):
+        return (_on_shards(split, rows, reduce)(bar.astype(jnp.float32)).astype(like.dtype),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

@@ -87,6 +87,17 @@ def test_gradients_are_scattered_in_float32_and_never_summed_whole():
     assert not [size for size in whole if size > 1]  # the totals alone
 
 
+def test_collectives_say_of_what_they_are():
+    config, mesh = shape(tied=True), parallel.make_mesh(parallel.MeshConfig(fsdp_minor=2))
+    run = step(config, mesh, remat="full")
+    text = run.lower(placed(config, mesh)).as_text(debug_info=True)
+    layers = jax.tree.leaves_with_path(models.abstract_params(config)["layers"])
+    named = {".".join(["layers", *(key.key for key in path)]) for path, _ in layers}
+    for kind, collective in (("whole", "all_gather"), ("gradient", "reduce_scatter")):
+        found = set(re.findall(rf"[/\(]{kind}\.([\w.]+)\W[^\"]*{collective}", text))
+        assert found >= named, (kind, named - found)
+
+
 def kept_for_the_backward_pass(jaxpr, inside=False):
     """Shapes that scans inside of `shard_map` give."""
     for equation in jaxpr.eqns:
