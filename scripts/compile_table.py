@@ -10,6 +10,7 @@ was compiled before; `--small` compiles the tiny recipe for a v5e:4x4 in less th
 import argparse
 import json
 import pathlib
+import sys
 
 import jax
 import rich.console
@@ -74,6 +75,8 @@ def main() -> None:
         elif not report.fits:
             console.print(f"{name}: {report.problem}")
     console.print(show.show_choices(reports, None, "nothing was executed", None))
+    if not all(report.fits for report in reports):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

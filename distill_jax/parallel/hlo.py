@@ -118,12 +118,12 @@ class Program:
         if op.opcode.removesuffix("-start") in _COLLECTIVES:
             return op, False
         if op.opcode in ("fusion", "async-start", "call-start"):
-            # A call that starts is one for another core than the one of matrix products.
+            # A call that starts is one for a SparseCore.
             inner = op.attribute("to_apply" if op.opcode == "call-start" else "calls")
             for part in self.computations.get(inner, {}).values():
-                found, _ = self.collective(part)
+                found, scattered = self.collective(part)
                 if found:
-                    return found, "all-reduce-scatter" in inner
+                    return found, scattered or "all-reduce-scatter" in inner
         return None, False
 
     def _turns(self, loop: Op, around: Computation, otherwise: int | None) -> int:

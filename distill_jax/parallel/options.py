@@ -1,12 +1,13 @@
 """Options of the TPU compiler, each with its reason: the only place where any are set.
 
-They belong to the programs that train, so that nothing has to be in the environment of a run, and
-that the planner compiles with what a run compiles with.
+They belong to the step that trains, so that nothing has to be in the environment of a run, and that
+the planner compiles it with what a run compiles it with.
 """
 
 import functools
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -22,8 +23,8 @@ _GATHERING = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
 }
 _RIDING = {
-    # Where the matrix units' core runs reduce-scatters as well, they have to become fusions, also
-    # those over a part of the devices, ...
+    # Where the TensorCore runs reduce-scatters as well, they have to become fusions, also those
+    # over a part of the devices, ...
     "xla_tpu_decompose_every_reduce_scatters_hlos": True,
     # ... start and end apart, ...
     "xla_enable_async_reduce_scatter_fusion": True,
@@ -31,33 +32,39 @@ _RIDING = {
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
 }
 _OFFLOADED = {
-    # Elsewhere another core of the chip runs them beside all that.
+    # Elsewhere the chip's SparseCores run them beside all that.
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
 }
 
 
 def _vector_memory(mib: int) -> dict[str, int]:
-    """What a fusion may take of it, 16 MiB otherwise.
+    """The scoped VMEM, which a fusion or a kernel may take; the compiler's own limit is far less.
 
-    About half of what a core has, the rest being for what is fetched ahead: larger tiles make
-    products faster, and those on which a reduce-scatter rides do not fit without.
+    The rest of it is for what is fetched ahead. Larger tiles make products faster, and those on
+    which a reduce-scatter rides do not fit without.
     """
     return {"xla_tpu_scoped_vmem_limit_kib": mib * 1024}
 
 
+_V5E = _RIDING | _vector_memory(64)
+_V5P = _GATHERING | _OFFLOADED | _vector_memory(40)
+_V6E = _GATHERING | _OFFLOADED | _vector_memory(64)
 _OPTIONS: Mapping[str, Mapping[str, bool | int]] = {
-    "TPU v5 lite": _RIDING | _vector_memory(64),
-    "TPU v5": _GATHERING | _OFFLOADED | _vector_memory(40),
-    "TPU v6 lite": _GATHERING | _OFFLOADED | _vector_memory(64),
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
 }
-"""By the kind of device; v5e and v6e are called lite."""
+"""By the kind of device, in either of the names that JAX knows."""
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
-    """What to compile a program with that trains on a mesh; nothing but on TPUs that are known.
+    """What to compile a program with that trains on a mesh; empty but on v5e, v5p and v6e.
 
-    An option that `LIBTPU_INIT_ARGS` names is the user's. If the installed compiler does not know
-    one, none is given, with a warning.
+    An option that `LIBTPU_INIT_ARGS` names is the user's, the others stay. If the installed
+    compiler does not know one, none is given, with a warning.
     """
     # In a process that shares the mesh, a device of its own: the trial is its alone.
     here = jax.process_index()
@@ -66,7 +73,7 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
         return {}
     users = os.environ.get("LIBTPU_INIT_ARGS", "")
     known = _OPTIONS[device.device_kind].items()
-    options = {name: value for name, value in known if f"--{name}=" not in users}
+    options = {n: value for n, value in known if not re.search(rf"-(no)?{n}(=|\s|$)", users)}
     return options if _are_known(tuple(options.items()), device) else {}
 
 
@@ -84,8 +91,8 @@ def _are_known(options: tuple[tuple[str, bool | int], ...], device: Any) -> bool
         if "No such compile option" not in str(error):
             raise
         warnings.warn(
-            f"collectives may not run beside work, the TPU compiler is another: {error}",
-            stacklevel=2,
+            f"collectives may not run beside work, this libtpu is not the one for it: {error}",
+            stacklevel=3,
         )
         return False
     finally:

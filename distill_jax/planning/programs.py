@@ -216,6 +216,9 @@ def _finished(program: Program, train: training.TrainConfig, notes: tuple[str, .
             f"a batch has {program.rows} rows, the recipe's {train.batch_rows}: to learn the same, "
             "change accumulation with it",
         )
+    if options := parallel.compiler_options(program.mesh):
+        named = ", ".join(f"{name}={value}" for name, value in options.items())
+        notes += (f"compiled with {named}",)
     return dataclasses.replace(program, total_tokens=total, notes=notes)
 
 

@@ -34,6 +34,10 @@ def test_only_tpus_that_are_known_have_any(asked):
     assert asked == [tuple(chosen.items())]
     assert chosen[LIMIT] == 64 * 1024
     assert compiler_options(mesh_of("TPU v5"))[LIMIT] == 40 * 1024
+    for kind, other in (("5 lite", "5e"), ("5", "5p"), ("6 lite", "6e")):
+        assert compiler_options(mesh_of(f"TPU v{kind}")) == compiler_options(
+            mesh_of(f"TPU v{other}")
+        )
 
 
 def test_what_the_environment_names_is_left_to_it(asked, monkeypatch):
@@ -41,6 +45,10 @@ def test_what_the_environment_names_is_left_to_it(asked, monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_foo=1 --{LIMIT}=98304")
     kept = compiler_options(mesh_of("TPU v5 lite"))
     assert kept == {name: value for name, value in chosen.items() if name != LIMIT}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--noxla_enable_async_all_gather --xla_tpu_scoped=1")
+    assert set(chosen) - set(kept) == {LIMIT}
+    assert "xla_enable_async_all_gather" not in compiler_options(mesh_of("TPU v5"))
+    assert LIMIT in compiler_options(mesh_of("TPU v5"))
 
 
 def test_a_compiler_that_knows_one_not_gets_none_and_says_so():

@@ -100,6 +100,15 @@ def test_refusals_say_what_there_is(name):
 
 
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4"])
+def test_the_compiler_knows_the_options_of_every_chip(name):
+    """Warnings are errors here, and one that it does not know warns."""
+    devices = Topology.parse(name).devices()
+    assert parallel.compiler_options(parallel.make_mesh(None, devices))
+    with pytest.warns(UserWarning, match="xla_no_such_option"):
+        assert not parallel.options._are_known((("xla_no_such_option", True),), devices[0])
+
+
+@pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4"])
 def test_gradients_are_scattered_beside_work(name):
     """A layer's are, while the next are computed; what is last has nothing to go beside."""
     topology = Topology.parse(name)
