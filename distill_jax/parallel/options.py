@@ -16,12 +16,6 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 _KEPT_FROM = "jax_persistent_cache_min_compile_time_secs"
-_GATHERING = {
-    # Parameters of what comes next travel beside work, as they do on a v5e without being told, ...
-    "xla_enable_async_all_gather": True,
-    # ... in pieces that ride on matrix products.
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-}
 _RIDING = {
     # Where the TensorCore runs reduce-scatters as well, they have to become fusions, also those
     # over a part of the devices, ...
@@ -47,8 +41,10 @@ def _vector_memory(mib: int) -> dict[str, int]:
 
 
 _V5E = _RIDING | _vector_memory(64)
-_V5P = _GATHERING | _OFFLOADED | _vector_memory(40)
-_V6E = _GATHERING | _OFFLOADED | _vector_memory(64)
+# Collectives do not ride on products here: libtpu 0.0.50 refuses that on any chip but v5e, as it
+# may give wrong results.
+_V5P = _OFFLOADED | _vector_memory(40)
+_V6E = _OFFLOADED | _vector_memory(64)
 _OPTIONS: Mapping[str, Mapping[str, bool | int]] = {
     "TPU v5 lite": _V5E,
     "TPU v5e": _V5E,
