@@ -60,7 +60,7 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
     """What to compile a program with that trains on a mesh; empty but on v5e, v5p and v6e.
 
     An option that `LIBTPU_INIT_ARGS` names is the user's, the others stay. If the installed
-    compiler does not know one, none is given, with a warning.
+    compiler refuses one, none is given, with a warning.
     """
     # In a process that shares the mesh, a device of its own: the trial is its alone.
     here = jax.process_index()
@@ -70,11 +70,11 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
     users = os.environ.get("LIBTPU_INIT_ARGS", "")
     known = _OPTIONS[device.device_kind].items()
     options = {n: value for n, value in known if not re.search(rf"-(no)?{n}(=|\s|$)", users)}
-    return options if _are_known(tuple(options.items()), device) else {}
+    return options if _are_accepted(tuple(options.items()), device) else {}
 
 
 @functools.cache
-def _are_known(options: tuple[tuple[str, bool | int], ...], device: Any) -> bool:
+def _are_accepted(options: tuple[tuple[str, bool | int], ...], device: Any) -> bool:
     """Whether the compiler takes options; tried on a program that does nothing."""
     nothing = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
     trial = jax.jit(lambda x: x, compiler_options=dict(options)).lower(nothing)
@@ -84,10 +84,9 @@ def _are_known(options: tuple[tuple[str, bool | int], ...], device: Any) -> bool
     try:
         trial.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
-            raise
+        reason = str(error).splitlines()[0]
         warnings.warn(
-            f"collectives may not run beside work, this libtpu is not the one for it: {error}",
+            f"collectives may not run beside work, this libtpu is not the one for it: {reason}",
             stacklevel=3,
         )
         return False

@@ -20,11 +20,11 @@ def asked(monkeypatch):
     """A compiler that knows every option, and what it was asked about."""
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     seen = []
-    monkeypatch.setattr(options, "_are_known", lambda options, device: not seen.append(options))
+    monkeypatch.setattr(options, "_are_accepted", lambda options, device: not seen.append(options))
     return seen
 
 
-def test_only_tpus_that_are_known_have_any(asked):
+def test_only_tpus_that_are_accepted_have_any(asked):
     alone = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     assert compiler_options(alone) == {}
     assert compiler_options(mesh_of("TPU v4")) == {}
@@ -54,6 +54,6 @@ def test_what_the_environment_names_is_left_to_it(asked, monkeypatch):
 
 def test_a_compiler_that_knows_one_not_gets_none_and_says_so():
     device = jax.devices()[0]
-    assert options._are_known((("xla_cpu_enable_fast_math", False),), device)
+    assert options._are_accepted((("xla_cpu_enable_fast_math", False),), device)
     with pytest.warns(UserWarning, match="xla_no_such_option"):
-        assert not options._are_known((("xla_no_such_option", True),), device)
+        assert not options._are_accepted((("xla_no_such_option", True),), device)

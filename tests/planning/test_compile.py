@@ -105,7 +105,7 @@ def test_the_compiler_knows_the_options_of_every_chip(name):
     devices = Topology.parse(name).devices()
     assert parallel.compiler_options(parallel.make_mesh(None, devices))
     with pytest.warns(UserWarning, match="xla_no_such_option"):
-        assert not parallel.options._are_known((("xla_no_such_option", True),), devices[0])
+        assert not parallel.options._are_accepted((("xla_no_such_option", True),), devices[0])
 
 
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4"])
