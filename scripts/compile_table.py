@@ -3,7 +3,7 @@
     python scripts/compile_table.py [--only 1B 3B] [--small] [--json]
 
 needs the `tpu` extra (libtpu holds the compiler) and no TPU. Nothing is executed: memory is what
-the compiler sets aside and its own peak, time is modelled. A line takes a minute or two unless it
+the compiler sets aside and its own peak, time is modelled. A line takes some minutes unless it
 was compiled before; `--small` compiles the tiny recipe for a v5e:4x4 in less than one.
 """
 

@@ -42,6 +42,8 @@ def test_every_stage_compiles(stage, capsys):
     programs = line.get("reports", [line])
     assert any(one["collectives"] for one in programs)
     for one in programs:
+        # of a model so small each device writes with parameters of its own
+        assert one["collectives"] or stage == "on-policy"
         # no program can beat the matrix units
         assert one["step_s"] > one["flops"] / 16 / 197e12
         assert sum(one["scopes_s"].values()) == pytest.approx(
@@ -79,7 +81,8 @@ def test_a_mesh_that_splits_an_axis_of_the_slice_is_refused():
     devices = Topology.parse("v6e:16x16").devices()
     with pytest.raises(
         InputError,
-        match="fsdp 8 with 1 along a second axis, sequence 1, tensor 2 does not lie along the axes",
+        match="data 16, fsdp 8 with 1 along a second axis, sequence 1, tensor 2 does not lie along "
+        "the axes",
     ):
         parallel.make_mesh(parallel.MeshConfig(data=16, tensor=2), devices)
 
@@ -110,7 +113,10 @@ def test_the_compiler_knows_the_options_of_every_chip(name):
 
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4"])
 def test_gradients_are_scattered_beside_work(name):
-    """A layer's are, while the next are computed; what is last has nothing to go beside."""
+    """A layer's are, while the next are computed; what is last has nothing to go beside.
+
+    Without the options all of their time is waited for.
+    """
     topology = Topology.parse(name)
     mesh = parallel.make_mesh(None, topology.devices())
     assert parallel.compiler_options(mesh)
