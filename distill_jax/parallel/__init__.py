@@ -39,7 +39,7 @@ from distill_jax.parallel.stopping import (
     stop_if_preempted,
     stoppable,
 )
-from distill_jax.parallel.topology import CHIPS, Chip, Topology
+from distill_jax.parallel.topology import CHIPS, Chip, Topology, least_chunk
 from distill_jax.parallel.watch import at, looping
 
 __all__ = [
@@ -68,6 +68,7 @@ __all__ = [
     "index",
     "is_main",
     "keep_compiled",
+    "least_chunk",
     "looping",
     "make_mesh",
     "map_rows",

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from distill_jax.parallel.topology import generation_of
+
 _KEPT_FROM = "jax_persistent_cache_min_compile_time_secs"
 _RIDING = {
     # Where the TensorCore runs reduce-scatters as well, they have to become fusions, also those
@@ -26,8 +28,13 @@ _RIDING = {
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
 }
 _OFFLOADED = {
-    # Elsewhere the chip's SparseCores run them beside all that.
+    # Elsewhere the chip's SparseCores run them beside all that, ...
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    # ... and gathers too, also those over an axis of the mesh that takes two of the slice, ...
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+    # ... which may then not ride on products.
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
 }
 
 
@@ -40,20 +47,13 @@ def _vector_memory(mib: int) -> dict[str, int]:
     return {"xla_tpu_scoped_vmem_limit_kib": mib * 1024}
 
 
-_V5E = _RIDING | _vector_memory(64)
-# Collectives do not ride on products here: libtpu 0.0.50 refuses that on any chip but v5e, as it
-# may give wrong results.
-_V5P = _OFFLOADED | _vector_memory(40)
-_V6E = _OFFLOADED | _vector_memory(64)
+# Collectives do not ride on products but on v5e: libtpu 0.0.50 refuses that elsewhere, as it may
+# give wrong results.
 _OPTIONS: Mapping[str, Mapping[str, bool | int]] = {
-    "TPU v5 lite": _V5E,
-    "TPU v5e": _V5E,
-    "TPU v5": _V5P,
-    "TPU v5p": _V5P,
-    "TPU v6 lite": _V6E,
-    "TPU v6e": _V6E,
+    "v5e": _RIDING | _vector_memory(64),
+    "v5p": _OFFLOADED | _vector_memory(40),
+    "v6e": _OFFLOADED | _vector_memory(64),
 }
-"""By the kind of device, in either of the names that JAX knows."""
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
@@ -65,10 +65,11 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | int]:
     # In a process that shares the mesh, a device of its own: the trial is its alone.
     here = jax.process_index()
     device = next((d for d in mesh.devices.flat if d.process_index == here), mesh.devices.flat[0])
-    if device.platform != "tpu" or device.device_kind not in _OPTIONS:
+    generation = generation_of(device)
+    if generation is None:
         return {}
     users = os.environ.get("LIBTPU_INIT_ARGS", "")
-    known = _OPTIONS[device.device_kind].items()
+    known = _OPTIONS[generation].items()
     options = {n: value for n, value in known if not re.search(rf"-(no)?{n}(=|\s|$)", users)}
     return options if _are_accepted(tuple(options.items()), device) else {}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from distill_jax.artifacts import InputError
 
@@ -80,6 +81,33 @@ CHIPS: Mapping[str, Chip] = {
     ),
 }
 """By name, from the Cloud TPU documentation; `hbm` from the compiler's refusals."""
+
+_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+"""Of devices, in either of the names that JAX knows."""
+
+
+def generation_of(device: Any) -> str | None:
+    """The key of `CHIPS` that a device has; None if it is another."""
+    return _KINDS.get(device.device_kind) if device.platform == "tpu" else None
+
+
+def least_chunk(mesh: Mesh | None) -> int:
+    """From how many tokens on the fused head's gradient does not wait for memory; 0: unknown.
+
+    Adding a chunk's share to it reads and writes 8 bytes a value, beside 2 operations a token.
+    """
+    generation = None if mesh is None else generation_of(mesh.devices.flat[0])
+    if generation is None:
+        return 0
+    chip = CHIPS[generation]
+    return math.ceil(8 / 2 * chip.flops / chip.memory_rate)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -258,6 +258,10 @@ def test_default_chunk():
     assert losses.default_chunk(896, 512) == 224  # four, without padding
     assert losses.default_chunk(4096, 2048, live=1) == 592  # with a teacher's logits: D / 3
     assert losses.default_chunk(4096, 2048, live=2) == 512
+    assert losses.default_chunk(16384, 2048, least=2240) == 2048  # eight, not 16 of 1024
+    assert losses.default_chunk(16384, 2048, live=1, least=2240) == 1104  # half of 2240 a model
+    assert losses.default_chunk(16384, 2048, live=1, least=900) == 656  # 25 of a third of D
+    assert losses.default_chunk(8192, 64, least=0) == 256
 
 
 @pytest.mark.parametrize("vocabulary", [256, 300])

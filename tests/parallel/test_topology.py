@@ -1,6 +1,9 @@
 import math
 import re
+import types
 
+import jax
+import numpy as np
 import pytest
 
 from distill_jax import parallel
@@ -52,6 +55,23 @@ def test_larger_slices_double_the_chips_until_there_are_none():
         topology = topology.larger()
     assert list(map(str, found)) == ["v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"]
     assert str(Topology.parse("v5p:4x4x8").larger()) == "v5p:4x8x8"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "tokens"),
+    [("TPU v5 lite", "v5e", 963), ("TPU v5p", "v5p", 665), ("TPU v6 lite", "v6e", 2240)],
+)
+def test_from_the_least_chunk_on_products_last_longer_than_memory(kind, name, tokens):
+    device = types.SimpleNamespace(platform="tpu", device_kind=kind)
+    mesh = types.SimpleNamespace(devices=np.array([device], dtype=object))
+    assert parallel.least_chunk(mesh) == tokens
+    chip = parallel.CHIPS[name]
+    assert 2 * tokens / chip.flops >= 8 / chip.memory_rate > 2 * (tokens - 1) / chip.flops
+
+
+def test_the_least_chunk_of_other_devices_is_unknown():
+    alone = parallel.make_mesh(parallel.MeshConfig(fsdp=1), jax.devices()[:1])
+    assert parallel.least_chunk(alone) == parallel.least_chunk(None) == 0
 
 
 def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_made():

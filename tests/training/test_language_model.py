@@ -63,6 +63,17 @@ def test_any_mesh_gives_the_loss_and_the_gradient_of_one_device(sizes, tied, rem
     assert all(jax.tree.leaves(jax.tree.map(lies_as, gradient, places)))
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_head_takes_the_tokens_that_the_chip_wants_at_a_time(devices, monkeypatch):
+    asked = []
+    mesh = parallel.make_mesh(parallel.MeshConfig(fsdp=devices), jax.devices()[:devices])
+    monkeypatch.setattr(parallel, "least_chunk", lambda mesh: 5)
+    monkeypatch.setattr(losses, "default_chunk", lambda *args: asked.append(args) or 8)
+    text = str(step(shape(), mesh).trace(placed(shape(), mesh)).jaxpr)
+    assert asked[0] == (ROWS * TIME // devices, 32, 0, 5)
+    assert "f32[8,64]" in text  # logits of eight tokens
+
+
 def test_without_a_gradient_none_is_computed():
     config, mesh = shape(), parallel.make_mesh()
     loss = language_model_loss(config, losses.hard_labels(), mesh=mesh)
