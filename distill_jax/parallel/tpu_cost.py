@@ -259,11 +259,11 @@ def _array(type_: str) -> list[int] | None:
 def _flights(program: hlo.Program, order: Sequence[Any], work: Sequence[_Work]) -> dict[int, float]:
     """Where each asynchronous collective starts, and the seconds of work until it is done.
 
-    An end names its start. Of one that rides on fusions all hold it: the same channel, chain and
-    shape.
+    An end names its start, or an update between them. Of one that rides on fusions all hold it:
+    the same channel, chain and shape.
     """
     spans: dict[Any, tuple[int, int]] = {}
-    starts: dict[str, Any] = {}  # of pairs of instructions the second names the first
+    starts: dict[str, Any] = {}  # and updates; what follows names them
     for place, (op, _, around) in enumerate(order):
         collective, _ = program.collective(op)
         if collective and op.is_asynchronous:
@@ -274,9 +274,10 @@ def _flights(program: hlo.Program, order: Sequence[Any], work: Sequence[_Work]) 
             key = (id(around), op.name) if alone else (channel, chain, shape)
             spans[key] = spans.get(key, (place, place))[0], place
             starts[op.name] = key
-        elif op.opcode.endswith("-done") and op.operands and op.operands[0] in starts:
-            key = starts[op.operands[0]]
-            spans[key] = spans[key][0], place
+        elif op.opcode.endswith(("-update", "-done")) and op.operands:
+            if key := starts.get(op.operands[0]):
+                spans[key] = spans[key][0], place
+                starts[op.name] = key
     busy = [0.0]
     for (_, runs, _), each in zip(order, work, strict=True):
         busy.append(busy[-1] + runs * each.seconds)

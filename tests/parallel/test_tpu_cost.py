@@ -234,19 +234,32 @@ def test_two_of_one_channel_and_shape_are_told_apart_by_their_chains():
     assert cost.collective_seconds == pytest.approx(2 * (GATHERED - 10_000 / 1e9))
 
 
-def test_collectives_that_another_core_runs_are_waited_for_at_their_end():
-    """A reduce-scatter sends three quarters of its argument; each is a call of its own."""
+@pytest.mark.parametrize("updated", [False, True])
+def test_collectives_that_another_core_runs_are_waited_for_at_their_end(updated):
+    """A reduce-scatter sends three quarters of its argument; each is a call of its own.
+
+    Newer compilers start a call with nothing, and hand it its argument later.
+    """
     called = f"""%called (a: f32[1024,1024]) -> f32[256,1024] {{
   %a = f32[1024,1024]{{1,0:T(8,128)}} parameter(0)
   ROOT %r = f32[256,1024]{{1,0:T(8,128)}} reduce-scatter(%a), {FOUR}, channel_id=1
 }}, execution_thread="sparsecore"
 """
     core = 'async_execution_thread="sparsecore", to_apply=%called'
-    start = f"((f32[1024,1024], token[]), f32[256,1024]) call-start(%p), {core}"
-    body = ["%p = f32[1024,1024] parameter(0)"]
-    body += [f"%one.call-start = {start}", f"%work = f32[8] negate(%p), {cycles(10_000)}"]
-    body += [f"%two.call-start = {start}"]
-    body += [f"%{n} = f32[256,1024] call-done(%{n}.call-start)" for n in ("one", "two")]
+    made = "((f32[1024,1024]), f32[256,1024])"
+
+    def start(n):
+        if not updated:
+            return [f"%{n}.call-start = {made} call-start(%p), {core}"]
+        return [
+            f"%{n}.call-start = ((), ()) call-start(), {core}",
+            f"%{n}.call-update = {made} call-update(%{n}.call-start, %p)",
+        ]
+
+    last = "update" if updated else "start"
+    body = ["%p = f32[1024,1024] parameter(0)", *start("one")]
+    body += [f"%work = f32[8] negate(%p), {cycles(10_000)}", *start("two")]
+    body += [f"%{n} = f32[256,1024] call-done(%{n}.call-{last})" for n in ("one", "two")]
     cost = estimate(module(body, called), CHIP)
     found = cost.collectives["reduce-scatter"]
     assert (found.count, found.bytes) == (2, 2 * 0.75 * MIB)
