@@ -274,10 +274,9 @@ def _flights(program: hlo.Program, order: Sequence[Any], work: Sequence[_Work]) 
             key = (id(around), op.name) if alone else (channel, chain, shape)
             spans[key] = spans.get(key, (place, place))[0], place
             starts[op.name] = key
-        elif op.opcode.endswith(("-update", "-done")) and op.operands:
-            if key := starts.get(op.operands[0]):
-                spans[key] = spans[key][0], place
-                starts[op.name] = key
+        elif op.opcode.endswith(("-update", "-done")) and starts.keys() & op.operands[:1]:
+            starts[op.name] = key = starts[op.operands[0]]
+            spans[key] = spans[key][0], place
     busy = [0.0]
     for (_, runs, _), each in zip(order, work, strict=True):
         busy.append(busy[-1] + runs * each.seconds)
