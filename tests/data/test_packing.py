@@ -9,6 +9,7 @@ examples = settings(derandomize=True, deadline=None, max_examples=200)
 documents = st.lists(st.lists(st.integers(1, 10**6), max_size=30), max_size=12)
 
 
+@pytest.mark.slow
 @given(documents=documents, length=st.integers(2, 12))
 @examples
 def test_segments_joined_are_the_documents_joined(documents, length):
@@ -19,6 +20,7 @@ def test_segments_joined_are_the_documents_joined(documents, length):
     assert all((segment_ids > 0).all() for _, segment_ids in rows[:-1])  # only the last is padded
 
 
+@pytest.mark.slow
 @given(documents=documents, length=st.integers(2, 12))
 @examples
 def test_segments_count_from_one_and_none_holds_two_documents(documents, length):
@@ -34,6 +36,7 @@ def test_segments_count_from_one_and_none_holds_two_documents(documents, length)
         assert np.array_equal(changes, np.diff(real) == 1)
 
 
+@pytest.mark.slow
 @given(
     parts=st.lists(st.tuples(st.sampled_from("ab"), documents), max_size=6),
     length=st.integers(2, 40),

@@ -10,6 +10,7 @@ from distill_jax.artifacts import InputError
 examples = settings(derandomize=True, deadline=None, max_examples=100)
 
 
+@pytest.mark.slow
 @given(text=st.text())
 @examples
 def test_decode_of_encode_is_the_text(tokenizer, text):

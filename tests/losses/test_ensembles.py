@@ -151,6 +151,7 @@ def test_samples_mix_with_weights_per_token(batch):
     np.testing.assert_allclose(mixture.weights.sum(-1), 1.0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_teachers_get_no_gradient(batch):
     student, targets = batch
     weights = {name: ensembles.label_confidence(name) for name in SHARES}
@@ -335,6 +336,7 @@ def test_weights_that_cannot_be_are_refused(batch):
         agree({"a": top_k})
 
 
+@pytest.mark.slow
 def test_fused_head_with_masks_gives_what_whole_logits_give(batch):
     _, targets = batch
     rng = np.random.default_rng(3)

@@ -29,6 +29,7 @@ OBJECTIVES = {
         {name: losses.label_confidence(name) for name in ("small", "large")}, losses.forward_kl
     ),
 }
+QUICK = ("forward_kl", "reverse_kl", "moving", "mixture")
 
 
 def objective(name):
@@ -117,7 +118,13 @@ def test_equals_the_definition_on_logits_that_were_there_before(name):
     np.testing.assert_allclose(loss, 0.2 * hard + 0.3 * small + 0.5 * large, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*oracles.DIVERGENCES, *OBJECTIVES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in (*oracles.DIVERGENCES, *OBJECTIVES)
+    ],
+)
 def test_gradients_are_those_of_dense_logits_on_one_device_and_eight(name):
     chosen = OBJECTIVES[name] if name in OBJECTIVES else objective(name)
     expected = value_and_gradients(unfused, chosen, problem())
@@ -224,6 +231,7 @@ def test_what_does_not_fit_a_mesh_is_refused():
         head(hidden[:, :4], unembedding[:4], {**targets, "large": elsewhere}, where)
 
 
+@pytest.mark.slow
 def test_outside_of_a_fused_head_logits_are_wanted():
     hidden, unembedding, targets, _ = problem()
     with pytest.raises(TypeError, match=r"must be an array of logits.* got LiveTargets"):

@@ -262,6 +262,7 @@ def test_an_objective_that_fails_says_what_it_says():
         through(losses.distill("unknown", losses.forward_kl), logits, targets, where)
 
 
+@pytest.mark.slow
 def test_many_ids_of_a_small_vocabulary_are_not_compared():
     logits, targets, where = inputs()
     small = targets | {"labels": targets["labels"] % 8}
@@ -273,6 +274,7 @@ def test_many_ids_of_a_small_vocabulary_are_not_compared():
     assert kinds[-1] is not sparse.Lookups  # 5 ids of 8
 
 
+@pytest.mark.slow
 def test_a_scatter_in_the_order_of_tiles():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(24, 384)).astype(np.float32)

@@ -120,6 +120,7 @@ def test_expected_gradient_is_that_of_the_sequence_level_reverse_kl(teacher_shar
     np.testing.assert_allclose(slopes, expected, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_single_step_term_alone_is_not_that_gradient(tables):
     """Else the enumeration would not see the long-horizon term."""
     tokens, prefixes, where = completions(3)
@@ -314,6 +315,7 @@ def test_masked_tokens_change_nothing(rollout):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), totals, subset)
 
 
+@pytest.mark.slow
 def test_only_the_logits_get_a_gradient(rollout):
     logits, targets = rollout
     floats = {name: values for name, values in targets.items() if name != "labels"}

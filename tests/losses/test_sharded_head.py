@@ -25,6 +25,7 @@ OBJECTIVES = {
         for name in oracles.DIVERGENCES
     },
 }
+QUICK = ("hard", "sampled", "dense forward_kl", "top_k forward_kl", "top_k reverse_kl")
 
 
 def make_mesh(data, fsdp, tensor):
@@ -85,7 +86,13 @@ def shapes_of(opcodes, text):
     return set(found)
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(OBJECTIVES)
+    ],
+)
 def test_equals_one_device_and_keeps_the_vocabulary_split(name):
     mesh = make_mesh(1, 2, 4)
     arrays = inputs(name)

@@ -140,7 +140,7 @@ def sharing(shards, tensor):
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize(("shards", "tensor"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize(("shards", "tensor"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_devices_that_share_rows(request, kernels, shards, tensor):
     if kernels:
         request.getfixturevalue("interpreted")

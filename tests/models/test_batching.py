@@ -103,6 +103,7 @@ def test_rows_that_end_are_given_to_waiting_texts(model, score, monkeypatch):
     assert steps < 0.75 * in_turn
 
 
+@pytest.mark.slow
 def test_the_cache_grows_with_the_texts_and_stays_exact(model, score, monkeypatch):
     # The last prompt joins when the others have ended, and is longer than all that was held.
     prompts = [*uneven_prompts(5), np.random.default_rng(1).integers(0, 23, 150).tolist()]
@@ -119,6 +120,7 @@ def test_the_cache_grows_with_the_texts_and_stays_exact(model, score, monkeypatc
     assert slots[-1] < 512
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_share_one_reading(model, monkeypatch):
     prompts = uneven_prompts(3)
     repeated = [prompts[index % 3] for index in range(30)]
@@ -190,6 +192,7 @@ def test_a_teacher_is_mixed_in(model, teacher, score):
     assert alone[0].teacher_log_probs is None
 
 
+@pytest.mark.slow
 def test_a_mixture_is_drawn_from_as_it_is(model, teacher, score):
     prompt, draws, share = [3, 1, 4], 4096, 0.6
     texts = models.generate(

@@ -74,6 +74,7 @@ def test_the_cache_gives_what_recomputing_the_prefix_gives(model, next_log_probs
             prefix.append(token)
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_neighbours(model):
     def run(rows, **kwargs):
         return models.generate(
@@ -165,7 +166,9 @@ def truncated(log_probs, sampling):
     ("sampling", "support"),
     [
         (Sampling(top_k=3), 3),
-        (Sampling(temperature=0.8, top_k=20, top_p=0.95, min_p=0.1), None),
+        pytest.param(
+            Sampling(temperature=0.8, top_k=20, top_p=0.95, min_p=0.1), None, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_pairs_of_tokens_have_the_right_frequencies(model, next_log_probs, sampling, support):

@@ -131,7 +131,13 @@ def policy(random_model):
     return model, np.asarray(log_probs), along
 
 
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=() if name in ("DPO", "IPO") else pytest.mark.slow)
+        for name, config in VARIANTS.items()
+    ],
+)
 def test_loss_terms_and_gradient_are_trls_formulas(policy, reference, rows, config):
     model, log_probs, along = policy
 

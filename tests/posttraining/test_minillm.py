@@ -115,6 +115,7 @@ def minillm(rows, share, **options):
     return student, teacher, made, gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_minillms_expected_gradient_is_that_of_the_kl_of_whole_answers(share, monkeypatch):
     """Every answer once, each as heavy as the sampler would draw it."""

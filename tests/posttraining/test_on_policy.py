@@ -47,7 +47,7 @@ def cross_entropy(model, batch):
     return -found[np.arange(len(labels)), labels].mean()
 
 
-@pytest.mark.parametrize("student_share", [1.0, 0.0])
+@pytest.mark.parametrize("student_share", [pytest.param(1.0, marks=pytest.mark.slow), 0.0])
 def test_gkd_is_its_definition_on_own_answers_and_on_given_ones(student_share):
     beta, temperature = 0.3, 1.7
     config = setting(
@@ -214,6 +214,7 @@ def test_a_run_that_was_killed_in_a_round_ends_with_the_same_bits(whole, tmp_pat
         assert (tmp_path / file).read_text() == (place / file).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gkd", "minillm"])
 def test_the_student_comes_nearer_to_the_teacher_on_what_it_writes(method, whole, tmp_path):
     place, name = whole[0], "minillm/single_step"

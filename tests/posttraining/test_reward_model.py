@@ -77,6 +77,7 @@ def test_loss_terms_and_gradient_are_bradley_terrys_on_the_last_logits(model):
     )
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives(model, split):
     pairs = [Pair([1, 2, index], [3 + index], [12, 5 + index]) for index in range(8)]
     rows = pair_rows(pairs, RewardModelConfig(sequence_length=8))

@@ -104,6 +104,7 @@ def test_an_error_of_a_reward_is_one_line_that_says_where():
         rewards.judge("mine", broken, [PROBLEM], ["4"])
 
 
+@pytest.mark.slow
 def test_log_likelihood_is_the_mean_over_the_answer_and_its_end(tokenizer, random_model):
     teacher = random_model(tokenizer.vocab_size)
     problems = [PROBLEM, Problem(prompt="Say a", answer=""), PROBLEM]

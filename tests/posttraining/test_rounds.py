@@ -50,6 +50,7 @@ def test_the_report_tells_rounds_apart():
     assert [name for name, _ in report._posttrained(recipe_of()).values()] == list(kinds)
 
 
+@pytest.mark.slow
 def test_every_round_has_samples_and_preferences_of_its_own(run, tokenizer, monkeypatch):
     def answer(model, tokenizer, problems, *, seeds, **_):
         """Of two samples one is right; the other tells its seed, which tells the round."""

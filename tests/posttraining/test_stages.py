@@ -185,6 +185,7 @@ def test_preferences_of_a_file_are_learnt_after_fine_tuning(run, tokenizer, tmp_
         preflight.check(recipe)
 
 
+@pytest.mark.slow
 def test_questions_of_a_file_are_judged_by_a_function_of_ones_own(
     run, tokenizer, tmp_path, monkeypatch
 ):

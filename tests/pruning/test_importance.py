@@ -196,6 +196,7 @@ def test_scores_file(tmp_path):
         Scores.load(tmp_path / "broken.safetensors")
 
 
+@pytest.mark.slow
 def test_rows_of_eight_devices_score_as_those_of_one():
     config = dataclasses.replace(tiny.SOURCE, embed=16, vocab_size=32)
     model, batch = tiny.model(config), tiny.rows(7, vocab_size=32)

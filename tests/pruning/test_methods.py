@@ -141,6 +141,7 @@ def test_methods_measure_the_powers_that_norms_need(method):
         )
 
 
+@pytest.mark.slow
 def test_removal_losses_equal_brute_force():
     model, batch = tiny.model(), tiny.rows(5)
     got = removal_losses(model, iter(tiny.split(batch, 2)))
@@ -154,7 +155,8 @@ def test_removal_losses_equal_brute_force():
         removal_losses(model, [])
 
 
-@pytest.mark.parametrize("method", [pytest.param("taylor", marks=pytest.mark.slow), "fluctuation"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["taylor", "fluctuation"])
 def test_eight_devices_equal_one(method):
     config = dataclasses.replace(tiny.SOURCE, embed=16, vocab_size=32)
     model, batch = tiny.model(config), tiny.rows(8, vocab_size=32)
@@ -190,6 +192,7 @@ def test_damaged_weights_are_named(method, block, name, axis):
         )
 
 
+@pytest.mark.slow
 def test_rows_of_another_tokenizer_are_refused():
     batch = {"tokens": np.array([[1, 31]]), "segment_ids": np.array([[1, 1]])}
     with pytest.raises(InputError, match=r"token id 31, the model's vocabulary has 31"):

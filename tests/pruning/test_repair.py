@@ -81,6 +81,7 @@ def test_repair_solves_the_least_squares_problem(name, block, leaf):
         np.testing.assert_array_equal(new[untouched], old[untouched])
 
 
+@pytest.mark.slow
 def test_a_quiet_channel_s_weights_grow_in_the_norm():
     """Norms silence a kept channel that must speak for others: no weight behind it may explode."""
     model, batch = tiny.model(), tiny.rows(8)

@@ -45,6 +45,7 @@ def error(matrix, gain, hidden, counts, embedding, unembedding):
     return WEIGHT * ends / powers[0] + logits / powers[1]
 
 
+@pytest.mark.slow
 def test_every_token_s_row_is_the_least_squares_solution():
     plan, model, batch = problem()
     sums = tying_sums(model, tiny.split(batch, 3))
@@ -85,6 +86,7 @@ def test_fewer_calibration_tokens_than_channels_leave_numbers_however_little_is_
     assert np.abs(tied["embedding"]).max() < 100  # NaN is not
 
 
+@pytest.mark.slow
 def test_a_model_that_is_tied_already_but_for_a_gain_comes_out_exactly():
     """U = diag(g) E^T: both ends have one matrix, and the gain goes into the norm."""
     plan, model, batch = problem(embed=12)
@@ -100,6 +102,7 @@ def test_a_model_that_is_tied_already_but_for_a_gain_comes_out_exactly():
     np.testing.assert_allclose(got, want, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     source = dataclasses.replace(tiny.SOURCE, embed=16, vocab_size=32)
     target = dataclasses.replace(source, embed=8, tied=True)

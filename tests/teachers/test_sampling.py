@@ -144,6 +144,7 @@ def test_systematic_picks_each_id_with_its_chance():
     assert abs(lengths.mean() - expected) < 4 * share
 
 
+@pytest.mark.slow
 def test_systematic_reaches_a_hundred_thousand_unlikely_ids_alike():
     vocab, rows = 100_001, 400
     chances = np.full(vocab, 5.5e-5)

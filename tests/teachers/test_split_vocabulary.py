@@ -45,7 +45,9 @@ def split_encode(scheme, temperature):
     )
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "scheme", [*SCHEMES[:-1], pytest.param(SCHEMES[-1], marks=pytest.mark.slow)]
+)
 def test_split_over_devices_nothing_changes(scheme):
     labels = np.random.default_rng(1).integers(-1, VOCAB, TOKENS)
     whole = encode(scheme, make_logits(), keys(TOKENS), 1.5, labels)
@@ -77,6 +79,7 @@ def test_no_logits_travel(scheme):
     assert max(sizes) <= shards * local_tokens * scheme.width
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_fewer_ids_a_device_than_are_kept():
     logits = np.random.default_rng(5).standard_normal((TOKENS, 16)).astype(np.float32)
     labels = np.full(TOKENS, 15)

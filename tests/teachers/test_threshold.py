@@ -109,6 +109,7 @@ def test_a_number_of_ids_is_met(kind):
     assert encoded["length"].mean() > IDS - 0.1
 
 
+@pytest.mark.slow
 def test_a_peaked_teacher_has_one_id_or_all_it_can():
     one_hot = encode(SCHEMES[0], teacher("one-hot")[None], keys(1))
     assert (one_hot["length"], one_hot["exact"], one_hot["ids"][0, 0]) == (1, 1, 396)

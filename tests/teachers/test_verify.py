@@ -96,6 +96,7 @@ def test_other_rows_under_the_same_fingerprint_are_refused_without_the_teacher(
         teachers.verify(stores["top"], other)
 
 
+@pytest.mark.slow
 def test_targets_the_teacher_never_said_are_refused(tmp_path, model, corpus):
     """Stores that are whole and well-formed, written with another forward pass."""
 

@@ -186,12 +186,14 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused(tmp_path, teacher,
         write(tmp_path, teacher, corpus, config, sharding=rows)
 
 
+@pytest.mark.slow
 def test_devices_that_share_rows_and_vocabulary_write_the_same(tmp_path, written, teacher, corpus):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "tensor"))
     write(tmp_path, teacher, corpus, sharding=NamedSharding(mesh, PartitionSpec("data")))
     assert_alike(tmp_path, written)
 
 
+@pytest.mark.slow
 def test_the_logits_of_a_split_vocabulary_stay_where_they_are(teacher):
     """In the compiled pass nothing as large as one row's logits travels between devices."""
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "tensor"))

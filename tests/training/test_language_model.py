@@ -49,7 +49,7 @@ def placed(config, mesh):
 @pytest.mark.parametrize(
     ("sizes", "tied", "remat"),
     [
-        ({"data": 2, "fsdp_minor": 2}, False, "attention"),
+        pytest.param({"data": 2, "fsdp_minor": 2}, False, "attention", marks=pytest.mark.slow),
         ({"data": 2, "tensor": 2}, True, "full"),
     ],
 )
@@ -74,6 +74,7 @@ def test_the_head_takes_the_tokens_that_the_chip_wants_at_a_time(devices, monkey
     assert "f32[8,64]" in text  # logits of eight tokens
 
 
+@pytest.mark.slow
 def test_without_a_gradient_none_is_computed():
     config, mesh = shape(), parallel.make_mesh()
     loss = language_model_loss(config, losses.hard_labels(), mesh=mesh)
@@ -130,6 +131,7 @@ def test_no_parameters_that_were_made_whole_wait_for_the_backward_pass(remat):
     assert not kept & {(L, D, F), (L, F, D)}
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_and_float32_learns():
     config, mesh = shape(), parallel.make_mesh()
     exact, expected = step(config, None)(placed(config, None))
@@ -143,7 +145,7 @@ def test_bfloat16_computes_and_float32_learns():
     chex.assert_trees_all_close((loss, gradient), alone, rtol=0.02, atol=0.01 * size)
 
 
-@pytest.mark.parametrize("devices", [None, 8])
+@pytest.mark.parametrize("devices", [None, pytest.param(8, marks=pytest.mark.slow)])
 def test_values_of_rows_come_from_the_device_that_has_them(devices):
     config, mesh = shape(), None if devices is None else parallel.make_mesh()
     here = batch()

@@ -125,6 +125,7 @@ def test_no_logits_of_all_tokens_are_made(monkeypatch):
     assert not re.search(rf"tensor<(1x)?({ROWS}x{TIME}|{ROWS * TIME})x{V}x", text)
 
 
+@pytest.mark.slow
 def test_of_teachers_no_gradients_are_made():
     mesh = parallel.make_mesh(parallel.MeshConfig(data=2, fsdp_minor=2))
     student = placed(STUDENT, params(STUDENT, 0), mesh)

@@ -1,6 +1,9 @@
+import contextlib
 import dataclasses
+import io
 import json
 import os
+import pathlib
 import signal
 
 import grain
@@ -97,38 +100,60 @@ def model():
     return models.Model(CONFIG, models.init_params(CONFIG, jax.random.key(0)))
 
 
-def test_killed_or_told_to_stop_it_goes_on_with_the_same_bits(tmp_path, model):
-    """Before the first checkpoint, past one, between those that are due, and at one."""
-    place = tmp_path / "ended"
-    whole = train(model, bigram_loss, batches(), TRAIN, tmp_path / "whole")
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    place: pathlib.Path
+    given: dict  # the parameters before
+    last: models.Model
+    said: str
 
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model):
+    """A run that nothing ends, of which two steps are traced."""
+    place, given = tmp_path_factory.mktemp("whole"), jax.tree.map(np.array, model.params)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        last = train(model, bigram_loss, batches(), TRAIN, place, profile=(3, 4))
+    return Whole(place, given, last, said.getvalue())
+
+
+# Before the first checkpoint, past one, between those that are due, and at one.
+@pytest.mark.parametrize(
+    ("ends", "sessions"),
+    [
+        (((Dying, 3),), [(0, 3), (2, 7)]),
+        pytest.param(
+            ((Dying, 1), (Told, 3), (Dying, 2), (Told, 6)),
+            [(0, 1), (0, 3), (3, 5), (4, 6), (6, 7)],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_killed_or_told_to_stop_it_goes_on_with_the_same_bits(
+    tmp_path, model, whole, ends, sessions
+):
     def ended(iterator):
-        return train(model, bigram_loss, iterator, TRAIN, place)
+        return train(model, bigram_loss, iterator, TRAIN, tmp_path)
 
-    def killed(after):
-        with pytest.raises(Killed):
-            ended(Dying(batches(), after))
-
-    def told(step):
-        stopped = pytest.raises(parallel.Preempted, match=f"train: stopped after step {step}")
-        with stopped, parallel.stoppable():
-            ended(Told(batches(), step))
-        assert len(read_metrics(place / "metrics.jsonl")) == step
-
-    killed(1)
-    told(3)
-    killed(2)
-    told(6)
+    for way, step in ends:
+        if way is Dying:
+            with pytest.raises(Killed):
+                ended(Dying(batches(), step))
+        else:
+            stopped = pytest.raises(parallel.Preempted, match=f"train: stopped after step {step}")
+            with stopped, parallel.stoppable():
+                ended(Told(batches(), step))
+            assert len(read_metrics(tmp_path / "metrics.jsonl")) == step
     # At the last step there is nothing left to stop.
     with parallel.stoppable():
         last = ended(Told(batches(), TRAIN.steps))
-    jax.tree.map(np.testing.assert_array_equal, whole.params, last.params)
-    expected = read_metrics(tmp_path / "whole" / "metrics.jsonl")
-    assert read_metrics(place / "metrics.jsonl") == expected
+    jax.tree.map(np.testing.assert_array_equal, whole.last.params, last.params)
+    expected = read_metrics(whole.place / "metrics.jsonl")
+    assert read_metrics(tmp_path / "metrics.jsonl") == expected
     assert [line["step"] for line in expected] == list(range(1, 8))
     assert expected[-1]["tokens"] == 7 * 8 * 12
-    sessions = [(one["first"], one["last"]) for one in read_sessions(epath.Path(place))]
-    assert sessions == [(0, 1), (0, 3), (3, 5), (4, 6), (6, 7)]
+    found = [(one["first"], one["last"]) for one in read_sessions(epath.Path(tmp_path))]
+    assert found == sessions
 
 
 @pytest.mark.slow
@@ -142,12 +167,9 @@ def test_learns_and_reports_the_loss_of_the_parameters_before_the_step(tmp_path)
 
 
 # A vocabulary that is left whole, with rows that devices share, and one that is split over two.
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("vocabulary", "sizes"),
-    [
-        pytest.param(31, {"sequence": 2, "tensor": 2}, marks=pytest.mark.slow),
-        (32, {"data": 2, "tensor": 2}),
-    ],
+    ("vocabulary", "sizes"), [(31, {"sequence": 2, "tensor": 2}), (32, {"data": 2, "tensor": 2})]
 )
 def test_one_device_and_eight_agree(tmp_path, vocabulary, sizes):
     shape = dataclasses.replace(CONFIG, vocab_size=vocabulary)
@@ -179,12 +201,11 @@ def test_the_head_is_split_over_a_mesh():
     assert "shard_map" not in traced(None)
 
 
-def test_the_given_model_is_left_as_it_was(tmp_path, model):
-    before = jax.tree.map(np.array, model.params)
-    train(model, bigram_loss, batches(), TRAIN, tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, before, model.params)
+def test_the_given_model_is_left_as_it_was(whole, model):
+    jax.tree.map(np.testing.assert_array_equal, whole.given, model.params)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, model):
     broken = lambda params, batch, step: losses.reduce(  # noqa: E731
         params["final_norm"] * np.nan, {}
@@ -193,6 +214,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, model):
         train(model, broken, batches(), TRAIN, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path, model):
     steep = lambda params, batch, step: losses.reduce(  # noqa: E731
         jax.numpy.sqrt(0 * params["final_norm"]), {}
@@ -216,9 +238,8 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused(tmp_path):
 
 # Of JAX's own types, when Python 3.13 first sees them; as an error it ends the process.
 @pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
-def test_given_steps_are_traced_whole_and_no_others(tmp_path, model, capsys):
-    train(model, bigram_loss, batches(), TRAIN, tmp_path, profile=(3, 4))
-    (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
+def test_given_steps_are_traced_whole_and_no_others(tmp_path, whole, capsys):
+    (trace,) = whole.place.glob("profile/plugins/profile/*/*.xplane.pb")
     # Planes, lines and events are views: they end the process where the data they see is gone.
     data = jax.profiler.ProfileData.from_file(str(trace))
     steps = [
@@ -229,7 +250,7 @@ def test_given_steps_are_traced_whole_and_no_others(tmp_path, model, capsys):
         if event.name == "train"
     ]
     assert steps == [3, 4]
-    assert f"train: trace in {tmp_path / 'profile'}" in capsys.readouterr().err
+    assert f"train: trace in {whole.place / 'profile'}" in whole.said
     with Profiler((8, 9), epath.Path(tmp_path), "late") as profiler:
         profiler.before(7, None)
     assert "late: no trace, none of the steps 8:9 was done" in capsys.readouterr().err

@@ -78,6 +78,7 @@ def test_the_batch_is_divided_once_by_its_weight():
     assert metrics["weight"] == 5
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing_though_microbatches_weigh_differently():
     params, batch = problem()
     whole = sum_gradients(regression, params, batch, jnp.int32(0), 1)
