@@ -1,23 +1,21 @@
-"""A cut of the tiny recipe from one end to the other, undisturbed and with `kill -9`."""
+"""A cut of the tiny recipe from one end to the other, undisturbed and killed."""
 
 import html.parser
+import importlib
 import json
 import math
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
 
-from distill_jax import cli, data, models, parallel, posttraining, pruning, teachers
+from distill_jax import cli, data, models, posttraining, pruning, teachers
 from distill_jax.recipe import load_recipe
 from distill_jax.stages import students
 from distill_jax.stages.context import Run
@@ -27,104 +25,48 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "tiny.py"
-MODELS = (
-    "teachers/small",
-    "teachers/large",
-    "prune",
-    "distill/seed-0",
-    "controls/cross_entropy/seed-0",
-    "controls/random_start/seed-0",
-    "sft",
-    "rejection-sample",
-    "dpo",
-)
-# Where to end it: (stage, what must be there first, by what), from the start of a stage to its
-# very end.
-_CHECKPOINT = "checkpoints/*/_CHECKPOINT_METADATA"
-KILLS = (
-    ("corpus", "started.json", signal.SIGKILL),
-    ("targets/large", "*/*array_record-00001*", signal.SIGTERM),
-    ("prune", "plan.json", signal.SIGKILL),
-    ("distill/seed-0", _CHECKPOINT, signal.SIGKILL),
-    ("distill/seed-0", "model.json", signal.SIGKILL),
-    ("rejection-sample", "samples/part-*.jsonl", signal.SIGKILL),
-    ("dpo", _CHECKPOINT, signal.SIGTERM),
-)
-# These files are the last of their stage: at times it ends before the kill comes.
-BRIEF = {kill for kill in KILLS if kill[1] in ("plan.json", "model.json")}
 
-
-# What a laptop has.
+# What a laptop has. Hundreds of steps take longer than a little optimising does.
 ONE_DEVICE = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
+    " --xla_llvm_disable_expensive_passes=true",
     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "without_torch"))),
 }
 
 
-def start(out):
-    """The recipe in a process of its own, on one device."""
-    command = [sys.executable, "-m", "distill_jax.cli", "run", str(CONFIG)]
-    command += ["--set", "size=test", "--out", str(out), "--json"]
-    return subprocess.Popen(
-        command, env=ONE_DEVICE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+@pytest.fixture(scope="module")
+def kill_run():
+    """The module `scripts/kill_run.py`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        yield importlib.import_module("kill_run")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(kill_run, tmp_path_factory):
     """The directory of an undisturbed run."""
     out = tmp_path_factory.mktemp("whole")
-    process = start(out)
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors[-3000:]
-    assert json.loads(printed.splitlines()[-1])["stages"].keys() >= {*MODELS, "evaluate"}
+    printed = kill_run.finish(out, ONE_DEVICE)
+    done = json.loads(printed.splitlines()[-1])["stages"]
+    assert done.keys() >= {*kill_run.MODELS, "evaluate"}
     return out
 
 
-def kill_in(out, stage, sign, way):
-    """Starts the run and ends it once a file that fits `sign` stands in the stage's directory.
-
-    Told to stop, it says that it can be gone on with, and no checkpoint lags behind its metrics.
-    Some files live for milliseconds; a stage that ended all the same counts as not disturbed.
-    """
-    process = start(out)
-    place = out / stage
-    while process.poll() is None and not (place / "manifest.json").exists():
-        if next(place.glob(sign), None):
-            break
-        time.sleep(0.002)
-    assert process.poll() is None, process.communicate()[1][-3000:]
-    process.send_signal(way)
-    errors = process.communicate()[1]
-    if way == signal.SIGTERM:
-        assert process.returncode == parallel.EXIT_AGAIN, errors[-3000:]
-        assert errors.endswith("; the same command goes on from here\n")
-        if stop := re.search(r"stopped after step (\d+)", errors):
-            newest = max(int(step.name) for step in place.glob("checkpoints/[0-9]*"))
-            assert newest == int(stop[1]) == len(read_metrics(place / "metrics.jsonl"))
-    return not (place / "manifest.json").exists()
-
-
-def test_kill_at_any_stage_ends_with_the_same_bits(whole, tmp_path):
-    missed = {kill for kill in KILLS if not kill_in(tmp_path, *kill)}
-    assert missed <= BRIEF
-    process = start(tmp_path)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors[-3000:]
-    for stage in MODELS:
-        expected, actual = (models.load(out / stage).params for out in (whole, tmp_path))
-        jax.tree.map(np.testing.assert_array_equal, actual, expected)
-        if (whole / stage / "metrics.jsonl").exists():
-            lines = [read_metrics(out / stage / "metrics.jsonl") for out in (whole, tmp_path)]
-            assert lines[0] == lines[1]
-    for file in ("rejection-sample/samples/samples.jsonl", "export/model.safetensors"):
-        assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
-    for store in whole.glob("targets/*/*"):
-        if not store.is_dir():
-            continue
-        for file in (path for path in store.rglob("*") if path.is_file()):
-            assert (tmp_path / file.relative_to(whole)).read_bytes() == file.read_bytes()
+def test_killed_or_told_to_stop_it_ends_with_the_same_bits(kill_run, whole, tmp_path):
+    """In writing targets, training and sampling; `scripts/kill_run.py` does so everywhere."""
+    points = [one for one in kill_run.POINTS if one.stage != "corpus" and not one.brief]
+    ways = [(one.stage.partition("/")[0], one.way) for one in points]
+    assert ways == [
+        ("targets", signal.SIGTERM),
+        ("distill", signal.SIGKILL),
+        ("rejection-sample", signal.SIGKILL),
+        ("dpo", signal.SIGTERM),
+    ]
+    assert not kill_run.kill_and_finish(tmp_path, points, ONE_DEVICE)
+    kill_run.assert_same(whole, tmp_path)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "adaptive_kl"])

@@ -49,9 +49,9 @@ def rows(count=20, time=12):
 
 
 def batches():
-    return iter(
-        grain.MapDataset.source(list(rows())).seed(5).shuffle().repeat().batch(8).to_iter_dataset()
-    )
+    shuffled = grain.MapDataset.source(list(rows())).seed(5).shuffle().repeat().batch(8)
+    # Grain's default reads 500 batches ahead by 16 threads.
+    return iter(shuffled.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
 
 
 class Dying(grain.DatasetIterator):
@@ -117,14 +117,14 @@ def whole(tmp_path_factory, model):
     return Whole(place, given, last, said.getvalue())
 
 
-# Before the first checkpoint, past one, between those that are due, and at one.
+# Past a checkpoint; before the first, between those that are due, and at one.
 @pytest.mark.parametrize(
     ("ends", "sessions"),
     [
         (((Dying, 3),), [(0, 3), (2, 7)]),
         pytest.param(
-            ((Dying, 1), (Told, 3), (Dying, 2), (Told, 6)),
-            [(0, 1), (0, 3), (3, 5), (4, 6), (6, 7)],
+            ((Dying, 1), (Told, 3), (Told, 6)),
+            [(0, 1), (0, 3), (3, 6), (6, 7)],
             marks=pytest.mark.slow,
         ),
     ],
