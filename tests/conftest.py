@@ -21,7 +21,12 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Threads of XLA: in a collective each device holds one, and others must be left to compute.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-_flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+_flags = [
+    "--xla_cpu_parallel_codegen_split_count=1",
+    # Where it is asked to optimise: a step takes as long as with all there is, compiling it half.
+    "--xla_backend_optimization_level=1",
+    "--xla_llvm_disable_expensive_passes=true",
+]
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     # Of the compiler's time, two fifths. Newer ones know no other way to emit a fusion.
     _flags.append("--xla_cpu_use_fusion_emitters=false")
@@ -30,6 +35,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="distill_jax-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+# Tracing makes objects by the million, few of them in cycles: looking for these takes a twentieth.
+gc.set_threshold(20_000, 20, 20)
 
 _LONGEST = ("test_end_to_end.py", "test_checks.py", "test_loop.py")
 

@@ -201,7 +201,8 @@ def trained():
         tokens[:, t] = np.where(follows, rule[tokens[:, t - 2], tokens[:, t - 1]], tokens[:, t])
     optimizer = optax.adam(3e-3)
 
-    @jax.jit
+    # It runs long enough to be worth optimising.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
     def step(carry, rows):
         params, state = carry
         gradient = jax.grad(lambda p: mean_loss(config, p, rows))(params)
