@@ -123,8 +123,8 @@ def whole(tmp_path_factory, model):
     [
         (((Dying, 3),), [(0, 3), (2, 7)]),
         pytest.param(
-            ((Dying, 1), (Told, 3), (Told, 6)),
-            [(0, 1), (0, 3), (3, 6), (6, 7)],
+            ((Dying, 1), (Told, 3), (Dying, 2), (Told, 6)),
+            [(0, 1), (0, 3), (3, 5), (4, 6), (6, 7)],
             marks=pytest.mark.slow,
         ),
     ],
