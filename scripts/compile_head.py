@@ -53,7 +53,14 @@ def compile_head(mesh: Mesh, batch: int, chunk: int | None, kinds: list[str]):
 
     def loss(embedding_VD, hidden_ND, targets):
         return losses.sharded_fused_linear(
-            objective, hidden_ND, embedding_VD, targets, transposed=True, mesh=mesh, chunk=chunk
+            objective,
+            hidden_ND,
+            embedding_VD,
+            targets,
+            transposed=True,
+            mesh=mesh,
+            chunk=chunk,
+            least_chunk=parallel.least_chunk(mesh),
         ).loss
 
     def place(spec, tree):

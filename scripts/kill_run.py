@@ -3,10 +3,12 @@
     python scripts/kill_run.py           # at every point of POINTS; some minutes
     python scripts/kill_run.py --json    # ends with one line of JSON
 
-Ends with status 1 if a difference was found. The tests do the same at fewer points.
+Ends with status 1 and says why if a run failed or the bits differ. The tests do the same at fewer
+points.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -70,20 +72,42 @@ POINTS = (
 )
 
 
-def start(out: pathlib.Path, environment: Mapping[str, str]) -> subprocess.Popen:
-    """The recipe in a process of its own, on one device."""
+class Failed(Exception):
+    """A run that did not end as it should, or two that differ."""
+
+
+@contextlib.contextmanager
+def started(
+    out: pathlib.Path, environment: Mapping[str, str]
+) -> Iterator[tuple[subprocess.Popen, Callable[[], tuple[int, str, str]]]]:
+    """The recipe in a process of its own, on one device, and a function that waits for its end.
+
+    That one gives its status, what it printed and its errors. They go into files: nobody reads a
+    pipe while a file is waited for.
+    """
     command = [sys.executable, "-m", "distill_jax.cli", "run", str(CONFIG)]
     command += ["--set", "size=test", "--out", str(out), "--json"]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, env=environment, stdout=printed, stderr=errors)
+
+        def end() -> tuple[int, str, str]:
+            status = process.wait()
+            for file in (printed, errors):
+                file.seek(0)
+            return status, printed.read(), errors.read()
+
+        try:
+            yield process, end
+        finally:
+            process.kill()
+            process.wait()
 
 
 def finish(out: pathlib.Path, environment: Mapping[str, str]) -> str:
     """Runs it to its end; gives what it printed."""
-    process = start(out, environment)
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors[-3000:]
+    with started(out, environment) as (_, end):
+        status, printed, errors = end()
+    _require(status == 0, f"status {status}: {errors[-3000:]}")
     return printed
 
 
@@ -93,21 +117,23 @@ def kill_in(out: pathlib.Path, point: Point, environment: Mapping[str, str]) -> 
     Told to stop, it says that it can be gone on with, and no checkpoint lags behind its metrics.
     Some files live for milliseconds; a stage that ended all the same counts as not disturbed.
     """
-    process = start(out, environment)
     place = out / point.stage
-    while process.poll() is None and not (place / "manifest.json").exists():
-        if next(place.glob(point.sign), None):
-            break
-        time.sleep(0.002)
-    assert process.poll() is None, process.communicate()[1][-3000:]
-    process.send_signal(point.way)
-    errors = process.communicate()[1]
+    with started(out, environment) as (process, end):
+        while process.poll() is None and not (place / "manifest.json").exists():
+            if next(place.glob(point.sign), None):
+                break
+            time.sleep(0.002)
+        running = process.poll() is None
+        process.send_signal(point.way)
+        status, _, errors = end()
+    _require(running, f"{point.stage}: it ended before, with status {status}: {errors[-3000:]}")
     if point.way == signal.SIGTERM:
-        assert process.returncode == parallel.EXIT_AGAIN, errors[-3000:]
-        assert errors.endswith("; the same command goes on from here\n")
+        said = errors.endswith("; the same command goes on from here\n")
+        _require(status == parallel.EXIT_AGAIN and said, f"status {status}: {errors[-3000:]}")
         if stop := re.search(r"stopped after step (\d+)", errors):
             newest = max(int(step.name) for step in place.glob("checkpoints/[0-9]*"))
-            assert newest == int(stop[1]) == len(read_metrics(place / "metrics.jsonl"))
+            lines = len(read_metrics(place / "metrics.jsonl"))
+            _require(newest == int(stop[1]) == lines, f"{stop[0]}, of {newest} and {lines}")
     return not (place / "manifest.json").exists()
 
 
@@ -116,25 +142,31 @@ def kill_and_finish(
 ) -> list[Point]:
     """Ends a run at points, one after the other, and then lets it end; those that came too late."""
     missed = [point for point in points if not kill_in(out, point, environment)]
-    assert all(point.brief for point in missed), missed
+    _require(all(point.brief for point in missed), f"too late for {missed}")
     finish(out, environment)
     return missed
 
 
-def assert_same(whole: pathlib.Path, other: pathlib.Path) -> None:
-    """Two runs have the same models, metrics, samples, exports and targets, bit for bit."""
+def require_same(whole: pathlib.Path, other: pathlib.Path) -> None:
+    """Raises `Failed` unless models, metrics, samples, exports and targets have the same bits."""
     for stage in MODELS:
-        expected, actual = (models.load(out / stage).params for out in (whole, other))
-        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+        both = [models.load(out / stage).params for out in (whole, other)]
+        same = jax.tree.map(np.array_equal, *both)
+        _require(all(jax.tree.leaves(same)), f"{stage}: other parameters")
         if (whole / stage / "metrics.jsonl").exists():
             lines = [read_metrics(out / stage / "metrics.jsonl") for out in (whole, other)]
-            assert lines[0] == lines[1], stage
-    for file in ("rejection-sample/samples/samples.jsonl", "export/model.safetensors"):
-        assert (other / file).read_bytes() == (whole / file).read_bytes(), file
+            _require(lines[0] == lines[1], f"{stage}: other metrics")
+    names = [pathlib.Path("rejection-sample/samples/samples.jsonl")]
+    names += [pathlib.Path("export/model.safetensors")]
     stores = [store for store in whole.glob("targets/*/*") if store.is_dir()]
-    for file in (path for store in stores for path in store.rglob("*") if path.is_file()):
-        name = file.relative_to(whole)
-        assert (other / name).read_bytes() == file.read_bytes(), name
+    files = [file for store in stores for file in store.rglob("*") if file.is_file()]
+    for name in (*names, *(file.relative_to(whole) for file in files)):
+        _require((other / name).read_bytes() == (whole / name).read_bytes(), f"another {name}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise Failed(message)
 
 
 def main() -> int:
@@ -144,20 +176,16 @@ def main() -> int:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     with tempfile.TemporaryDirectory() as directory:
         whole, other = (pathlib.Path(directory, name) for name in ("whole", "killed"))
-        finish(whole, environment)
-        missed = kill_and_finish(other, POINTS, environment)
         try:
-            assert_same(whole, other)
-        except AssertionError as difference:
-            print(difference, file=sys.stderr)
-            same = False
-        else:
-            same = True
-    if options.json:
-        print(json.dumps({"kills": len(POINTS) - len(missed), "same": same}))
-    else:
-        print(f"{len(POINTS) - len(missed)} kills, {'the same' if same else 'other'} bits")
-    return 0 if same else 1
+            finish(whole, environment)
+            missed = kill_and_finish(other, POINTS, environment)
+            require_same(whole, other)
+        except Failed as failure:
+            print(f"kill_run: {failure}", file=sys.stderr)
+            return 1
+    kills = len(POINTS) - len(missed)
+    print(json.dumps({"kills": kills}) if options.json else f"{kills} kills, the same bits")
+    return 0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _flags = [
     "--xla_cpu_parallel_codegen_split_count=1",
-    # Where it is asked to optimise: a step takes as long as with all there is, compiling it half.
+    # Of what optimises, where a test asks for it, the part that is worth its time.
     "--xla_backend_optimization_level=1",
     "--xla_llvm_disable_expensive_passes=true",
 ]
@@ -36,7 +36,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# Tracing makes objects by the million, few of them in cycles: looking for these takes a twentieth.
+# Tracing makes objects by the million, few of them in cycles: looking for these takes time.
 gc.set_threshold(20_000, 20, 20)
 
 _LONGEST = ("test_end_to_end.py", "test_checks.py", "test_loop.py")
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module")
 def optimised():
-    """Optimises what this process compiles: for tests that compute longer than they compile."""
+    """Optimises what this process compiles, a little: for tests that compute longer than that."""
     import jax
 
     name = "jax_disable_most_optimizations"

@@ -20,28 +20,29 @@ from distill_jax.losses.reduction import Totals, reduce
 
 _CACHED_ELEMENTS = 2**19  # of float32 logits: 2 MiB, a core's share of the cache
 _TILE_ELEMENTS = 2**22  # of the unembedding's gradient: 16 MiB
-_LEAST_CHUNK, _MOST_CHUNK = 256, 2048
+LEAST_CHUNK, _MOST_CHUNK = 256, 2048
 
 
-def default_chunk(tokens: int, embed: int, live: int = 0, least: int = _LEAST_CHUNK) -> int:
+def default_chunk(tokens: int, embed: int, live: int = 0, least: int = LEAST_CHUNK) -> int:
     """How many tokens to take at a time: half as many as the hidden state has channels.
 
     A chunk's logits and their gradient, 2 chunk V values, are then no larger than the gradient of
     the unembedding, D V values, which has to be held anyway: whatever the vocabulary, the head
     needs at most twice that. The logits of `live` teachers count as well, which makes chunks
-    smaller: D / (2 + live) tokens; their unembeddings come on top. The chunk stays above `least`
-    tokens (shared by the live teachers), below which adding up that gradient costs more than the
-    products that make it, and otherwise below 2048, beyond which larger ones only cost memory. The
-    tokens are then split evenly, in multiples of 16 (the rows of a tile on a TPU), so that little
-    of the last chunk is padding.
+    smaller: D / (2 + live) tokens; their unembeddings come on top. More than 2048 only cost memory.
+
+    From `least` tokens on, at least 256, adding up that gradient costs no more than the products
+    that make it: where D asks for fewer, these are taken, 2 `least` V values; with live teachers a
+    share of them, for the sake of memory. The tokens are then split evenly, in multiples of 16 (the
+    rows of a tile on a TPU), so that little of the last chunk is padding.
 
     Args:
       tokens: how many there are.
       embed: D.
       live: teachers whose logits are made with the student's.
-      least: see above; 256 are enough for a CPU, and `parallel.least_chunk` says it of a TPU.
+      least: see above; 256 are enough for a CPU, `parallel.least_chunk` says it of a TPU.
     """
-    least = max(least // (1 + live), _LEAST_CHUNK)
+    least = -(-max(least // (1 + live), LEAST_CHUNK) // 16) * 16
     most = max(min(embed // (2 + live), _MOST_CHUNK), least)
     if tokens <= most:
         return max(tokens, 1)

@@ -30,6 +30,7 @@ def fused_linear(
     transposed: bool = False,
     step: jax.Array | int | None = None,
     chunk: int | None = None,
+    least_chunk: int = walk.LEAST_CHUNK,
 ) -> Totals:
     """Equals `reduce(*objective(hidden_ND @ unembedding, targets, step=step), where)`.
 
@@ -66,6 +67,7 @@ def fused_linear(
         Transposing that one by hand would cost a copy of it and one of its gradient.
       step: the training step, for objectives with schedules.
       chunk: tokens at a time; `default_chunk` if left out.
+      least_chunk: what that one should not go below.
 
     Returns:
       Totals over all tokens.
@@ -75,7 +77,7 @@ def fused_linear(
       TypeError: a forward-mode derivative was asked for (under a `jax.jit` of yours the words are
         JAX's own), or a second one.
     """
-    layout = Layout(chunk, order_of(transposed))
+    layout = Layout(chunk, order_of(transposed), least=least_chunk)
     rows, heads = rows_of(layout, hidden_ND, unembedding, targets, where)
     arrays = _match_varying((hidden_ND, unembedding, rows, heads, step))
     return first_reverse_only(fused)(objective, layout, *arrays)
@@ -91,6 +93,7 @@ class Layout(NamedTuple):
       embed: those over which the unembedding is gathered, the outermost first.
       vocabulary: the axis over which the compiler splits the vocabulary.
       within: whether the `shard_map` is the caller's, who adds up the totals; it checks nothing.
+      least: what `default_chunk` should not go below.
     """
 
     chunk: int | None
@@ -99,6 +102,7 @@ class Layout(NamedTuple):
     embed: tuple[str, ...] = ()
     vocabulary: str | None = None
     within: bool = False
+    least: int = walk.LEAST_CHUNK
 
     def spec(self, **axes: str | tuple[str, ...] | None) -> P:
         """Mesh axes given for "d" and "v" in the unembedding's order."""
@@ -112,7 +116,7 @@ class Layout(NamedTuple):
     def chunks(self, hidden_ND: jax.Array, rows: dict[str, Any], live: int) -> walk.Chunks:
         """One device's tokens, cut up; `live` teachers read them."""
         tokens, embed = hidden_ND.shape
-        chunk = walk.default_chunk(tokens, embed, live) if self.chunk is None else self.chunk
+        chunk = self.chunk or walk.default_chunk(tokens, embed, live, self.least)
         return walk.Chunks((hidden_ND, rows), min(chunk, max(tokens, 1)))
 
 

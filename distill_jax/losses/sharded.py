@@ -8,6 +8,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from distill_jax.losses.chunks import LEAST_CHUNK
 from distill_jax.losses.fused import Layout, first_reverse_only, fused, order_of, rows_of
 from distill_jax.losses.objectives import Objective
 from distill_jax.losses.reduction import Totals
@@ -27,6 +28,7 @@ def sharded_fused_linear(
     vocabulary: str | None = "tensor",
     step: jax.Array | int | None = None,
     chunk: int | None = None,
+    least_chunk: int = LEAST_CHUNK,
 ) -> Totals:
     """`fused_linear` on a mesh: tokens, channels and vocabulary of the head stay split.
 
@@ -53,6 +55,7 @@ def sharded_fused_linear(
       vocabulary: the mesh axis over which its V is split; None: whole.
       step: as in `fused_linear`.
       chunk: a device's tokens at a time; `default_chunk` of a device's tokens if left out.
+      least_chunk: as in `fused_linear`.
 
     Returns:
       Totals over all tokens, the same on every device.
@@ -66,7 +69,7 @@ def sharded_fused_linear(
     )
     _check_axes(mesh, tokens, embed, vocabulary)
     split = vocabulary if mesh.shape.get(vocabulary, 1) > 1 else None
-    layout = Layout(chunk, order_of(transposed), tokens, embed, split)
+    layout = Layout(chunk, order_of(transposed), tokens, embed, split, least=least_chunk)
     rows, heads = rows_of(layout, hidden_ND, unembedding, targets, where)
     size = unembedding.shape[layout.order.index("v")]
     _check_divides("tokens", hidden_ND.shape[0], _devices(mesh, tokens))
@@ -107,6 +110,7 @@ def fused_linear_of_shares(
     vocabulary: str | None = None,
     step: jax.Array | int | None = None,
     chunk: int | None = None,
+    least_chunk: int = LEAST_CHUNK,
 ) -> Totals:
     """What each device does of `sharded_fused_linear`, inside of a `shard_map` over `tokens`.
 
@@ -125,12 +129,13 @@ def fused_linear_of_shares(
       vocabulary: the mesh axis, left to the compiler, over which V is split; None: whole.
       step: as in `fused_linear`.
       chunk: this device's tokens at a time.
+      least_chunk: as in `fused_linear`.
 
     Returns:
       Totals over this device's tokens.
     """
     order = order_of(transposed)
-    layout = Layout(chunk, order, tuple(tokens), tuple(embed), vocabulary, within=True)
+    layout = Layout(chunk, order, tuple(tokens), tuple(embed), vocabulary, True, least_chunk)
     rows, heads = rows_of(layout, hidden_ND, unembedding, targets, where)
     return fused(objective, layout, hidden_ND, unembedding, rows, heads, step)
 

@@ -99,7 +99,7 @@ def generation_of(device: Any) -> str | None:
 
 
 def least_chunk(mesh: Mesh | None) -> int:
-    """From how many tokens on the fused head's gradient does not wait for memory; 0: unknown.
+    """From how many tokens on the fused head's gradient adds up behind its product; 0: unknown.
 
     Adding a chunk's share to it reads and writes 8 bytes a value, beside 2 operations a token.
     """

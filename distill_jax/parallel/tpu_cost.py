@@ -171,7 +171,8 @@ def estimate(
             f"ICI {chip.link_rate / 1e9:g} GB/s a link and way; a group of up to 16 devices lies "
             f"along one axis of the slice, a ring from {chip.ring} on; a larger one along two",
             "asynchronous copies cost nothing, asynchronous collectives what they take longer than "
-            "the work between their start and end; of a conditional all branches count",
+            "the work between their start and end, also those that SparseCores run, which take "
+            "nothing from the work's memory rate; of a conditional all branches count",
             f"Pallas calls reach {_KERNEL_SHARE:.0%} of {chip.flops / 1e12:g} TFLOP/s, with heads "
             f"of fewer than {_WIDE} channels {_NARROW_SHARE:.0%}; of splash attention the half of "
             "its products counts that a causal mask leaves",
@@ -259,10 +260,10 @@ def _array(type_: str) -> list[int] | None:
 def _flights(program: hlo.Program, order: Sequence[Any], work: Sequence[_Work]) -> dict[int, float]:
     """Where each asynchronous collective starts, and the seconds of work until it is done.
 
-    An end names its start, or an update between them. Of one that rides on fusions all hold it:
-    the same channel, chain and shape.
+    An end names its start, or the update between them that hands it its argument: it sets off
+    there. Of one that rides on fusions all hold it: the same channel, chain and shape.
     """
-    spans: dict[Any, tuple[int, int]] = {}
+    spans: dict[Any, tuple[int, int, int]] = {}  # where it starts, sets off and ends
     starts: dict[str, Any] = {}  # and updates; what follows names them
     for place, (op, _, around) in enumerate(order):
         collective, _ = program.collective(op)
@@ -272,15 +273,16 @@ def _flights(program: hlo.Program, order: Sequence[Any], work: Sequence[_Work]) 
             chain = hlo.number(r'chain_id="(\d+)"', collective.rest)
             alone = channel is None or op.opcode.endswith("-start")
             key = (id(around), op.name) if alone else (channel, chain, shape)
-            spans[key] = spans.get(key, (place, place))[0], place
+            spans[key] = *spans.get(key, (place, place))[:2], place
             starts[op.name] = key
         elif op.opcode.endswith(("-update", "-done")) and starts.keys() & op.operands[:1]:
             starts[op.name] = key = starts[op.operands[0]]
-            spans[key] = spans[key][0], place
+            start, off, _ = spans[key]
+            spans[key] = start, place if op.operands[1:] else off, place
     busy = [0.0]
     for (_, runs, _), each in zip(order, work, strict=True):
         busy.append(busy[-1] + runs * each.seconds)
-    return {start: busy[end + 1] - busy[start] for start, end in spans.values()}
+    return {start: busy[end + 1] - busy[off] for start, off, end in spans.values()}
 
 
 def memory_bytes(stats: Any) -> int:

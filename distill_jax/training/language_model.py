@@ -54,7 +54,6 @@ def language_model_loss(
             )
     shares = {name: shares_of(shape, compute_dtype, mesh) for name, shape in live.items()}
     times = _times(mesh)
-    least = parallel.least_chunk(mesh)
     teachers = {name: _Reader(shape, shares[name], times) for name, shape in live.items()}
 
     def totals(
@@ -75,7 +74,6 @@ def language_model_loss(
             targets[name] = teacher.targets(frozen[name], batch)
         student = _Reader(config, shares, times)
         hidden_ND = student.hidden(params, batch, remat)
-        tokens, embed = hidden_ND.shape
         with jax.named_scope("head"):
             return student.head(
                 objective,
@@ -85,7 +83,7 @@ def language_model_loss(
                 _flat(own["where"]),
                 transposed=config.tied,
                 step=step,
-                chunk=losses.default_chunk(tokens, embed, len(teachers), least),
+                least_chunk=parallel.least_chunk(mesh),
             )
 
     of_rows = loss_of_rows(

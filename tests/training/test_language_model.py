@@ -1,6 +1,7 @@
 """The loss on a mesh, where every device holds a share of the parameters."""
 
 import dataclasses
+import math
 import re
 
 import chex
@@ -34,9 +35,10 @@ def batch():
     }
 
 
-def step(config, mesh, **options):
+def step(config, mesh, rows=None, **options):
     loss = language_model_loss(config, losses.hard_labels(), mesh=mesh, **options)
-    return jax.jit(jax.value_and_grad(lambda params: loss(params, batch(), jnp.int32(0)).loss))
+    rows = rows or batch()
+    return jax.jit(jax.value_and_grad(lambda params: loss(params, rows, jnp.int32(0)).loss))
 
 
 def placed(config, mesh):
@@ -63,15 +65,18 @@ def test_any_mesh_gives_the_loss_and_the_gradient_of_one_device(sizes, tied, rem
     assert all(jax.tree.leaves(jax.tree.map(lies_as, gradient, places)))
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_the_head_takes_the_tokens_that_the_chip_wants_at_a_time(devices, monkeypatch):
-    asked = []
-    mesh = parallel.make_mesh(parallel.MeshConfig(fsdp=devices), jax.devices()[:devices])
-    monkeypatch.setattr(parallel, "least_chunk", lambda mesh: 5)
-    monkeypatch.setattr(losses, "default_chunk", lambda *args: asked.append(args) or 8)
-    text = str(step(shape(), mesh).trace(placed(shape(), mesh)).jaxpr)
-    assert asked[0] == (ROWS * TIME // devices, 32, 0, 5)
-    assert "f32[8,64]" in text  # logits of eight tokens
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 1}, {"fsdp": 2}, {"fsdp": 1, "sequence": 2}], ids=["one", "rows", "times"]
+)
+@pytest.mark.parametrize(("least", "tokens"), [(0, 256), (384, 384)])
+def test_the_head_takes_the_tokens_that_the_chip_wants_at_a_time(sizes, least, tokens, monkeypatch):
+    monkeypatch.setattr(parallel, "least_chunk", lambda mesh: least)
+    devices = math.prod(sizes.values())
+    mesh = parallel.make_mesh(parallel.MeshConfig(**sizes), jax.devices()[:devices])
+    rows = {name: np.tile(array, 6 * devices) for name, array in batch().items()}
+    text = str(step(shape(), mesh, rows=rows).trace(placed(shape(), mesh)).jaxpr)
+    assert f"f32[{tokens},64]" in text  # logits of as many of a device's 768 tokens
+    assert f"f32[{640 - tokens},64]" not in text
 
 
 @pytest.mark.slow
