@@ -135,7 +135,9 @@ def fused_linear_of_shares(
       Totals over this device's tokens.
     """
     order = order_of(transposed)
-    layout = Layout(chunk, order, tuple(tokens), tuple(embed), vocabulary, True, least_chunk)
+    layout = Layout(
+        chunk, order, tuple(tokens), tuple(embed), vocabulary, within=True, least=least_chunk
+    )
     rows, heads = rows_of(layout, hidden_ND, unembedding, targets, where)
     return fused(objective, layout, hidden_ND, unembedding, rows, heads, step)
 

@@ -81,6 +81,21 @@ def step_on(mesh, objective, **kwargs):
     return jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))
 
 
+@pytest.mark.parametrize(("least", "tokens"), [(0, 256), (384, 384)])
+def test_a_device_takes_no_fewer_tokens_at_a_time_than_is_asked(least, tokens):
+    mesh = make_mesh(2, 1, 1)
+    targets = {"labels": jnp.zeros(1536, jnp.int32)}
+
+    def loss(hidden_ND):
+        return losses.sharded_fused_linear(
+            losses.hard_labels(), hidden_ND, jnp.ones((D, V)), targets, mesh=mesh, least_chunk=least
+        ).loss
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((1536, D))))
+    assert f"f32[{tokens},{V}]" in text  # logits of as many of a device's 768 tokens
+    assert f"f32[{640 - tokens},{V}]" not in text
+
+
 def shapes_of(opcodes, text):
     found = re.findall(rf"= \(?(\w+\[[\d,]*\])\S*(?:,[^=]*)? (?:{opcodes})(?:-start)?\(", text)
     return set(found)
