@@ -118,7 +118,7 @@ def test_loss_and_gradient_are_those_of_logits_that_were_there_before(sizes, par
 
 
 def test_no_logits_of_all_tokens_are_made(monkeypatch):
-    monkeypatch.setattr(chunks, "_LEAST_CHUNK", 16)
+    monkeypatch.setattr(chunks, "LEAST_CHUNK", 16)
     monkeypatch.setattr(chunks, "_MOST_CHUNK", 16)
     text = step(None).lower(params(STUDENT, 0), teachers()).as_text()
     assert f"tensor<16x{V}x" in text
