@@ -136,6 +136,8 @@ def test_the_report_stands_alone_and_shows_every_model(whole):
     assert not [link for link in found if not link.startswith(("#", "data:"))]
     for name in ("small", "large", "pruned", "distilled", "random start", "+ DPO"):
         assert name in page
+    for caption in ("SFT: loss", "Rejection sampling: loss", "DPO: rewards"):
+        assert f"<figcaption>{caption}</figcaption><svg" in page
     look = teachers.describe(whole / "targets" / "large" / "samples")
     for name in ("mean_entropy", "teacher_cross_entropy"):
         assert f"<td>{look[name]:.3f}</td>" in page

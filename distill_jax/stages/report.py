@@ -32,9 +32,31 @@ _CONTROL_NAMES = {
 _POSTTRAINING = {
     SFT: ("+ SFT", "answers learnt from demonstrations"),
     ON_POLICY: ("+ on-policy distillation", "its own answers, corrected by a teacher"),
+    REWARD: ("+ reward model", "judges answers, gives none"),
     REJECTION: ("+ rejection sampling", "its own best answers, picked by a verifier"),
     DPO: ("+ DPO", "right answers preferred to wrong ones"),
 }
+
+
+def _of_both(figure: str) -> tuple[tuple[str, str], ...]:
+    """A panel's lines: a figure of the answers chosen, and of those rejected."""
+    return (f"chosen_{figure}", "chosen"), (f"rejected_{figure}", "rejected")
+
+
+_LOSS = ("loss", "nats per token", (("loss", "loss"),))
+_ACCURACY = ("pairs told apart", "share of pairs", (("reward_accuracy", "chosen is ahead"),))
+_LEARNT = {
+    SFT: (_LOSS,),
+    ON_POLICY: (_LOSS,),
+    REWARD: (("loss", "nats per pair", (("loss", "loss"),)), _ACCURACY),
+    REJECTION: (_LOSS,),
+    DPO: (
+        ("log-probabilities", "nats per answer", _of_both("log_prob")),
+        ("rewards", "nats", (*_of_both("reward"), ("reward_margin", "margin"))),
+        _ACCURACY,
+    ),
+}
+"""Of each stage of post-training: what a panel shows, its unit, and its lines."""
 
 
 def stages(run: Run) -> list[Stage]:
@@ -79,6 +101,7 @@ def _work(run: Run, place: epath.Path) -> dict[str, Any]:
         cut=_cut(run),
         curves=_curves(run),
         curve_metrics=_curve_metrics(recipe),
+        posttraining=_posttraining(run),
         prompts=[_prompt(prompt, names) for prompt in evaluated["prompts"]],
         targets=_stored_targets(run),
         stages=_finished(run),
@@ -129,20 +152,22 @@ def _rows(recipe: Recipe, figures: Mapping[str, Any]) -> list[evaluation.Row]:
     runs = [one(context.student(seed)) for seed in recipe.seeds]
     rows.append(evaluation.Row(name=_STUDENT, kind="distilled", runs=runs))
     for stage, (name, note) in _posttrained(recipe).items():
-        rows.append(evaluation.Row(name=name, kind="post-trained", runs=[one(stage)], note=note))
+        if context.kind(stage) != REWARD:
+            runs = [one(stage)]
+            rows.append(evaluation.Row(name=name, kind="post-trained", runs=runs, note=note))
     return rows
 
 
 def _posttrained(recipe: Recipe) -> dict[str, tuple[str, str]]:
-    """The models of post-training: the stage, what the page calls it, and a note."""
+    """The trainings of post-training: the stage, what the page calls it, and a note."""
     found = {}
     for stage in context.posttraining_stages(recipe):
-        if (kind := context.kind(stage)) != REWARD:
-            name, note = _POSTTRAINING[kind]
-            if rounds := len(recipe.posttraining_rounds):
-                number = rounds if stage == kind else int(stage.split("/")[1])
-                name += f", round {number + 1}"
-            found[stage] = name, note
+        kind = context.kind(stage)
+        name, note = _POSTTRAINING[kind]
+        if rounds := len(recipe.posttraining_rounds):
+            number = rounds if stage == kind else int(stage.split("/")[1])
+            name += f", round {number + 1}"
+        found[stage] = name, note
     return found
 
 
@@ -196,6 +221,25 @@ def _curve_metrics(recipe: Recipe) -> list[tuple[str, str]]:
         source = "which reads along" if term.live else "from stored targets"
         metrics.append((name, f"{divergence} to teacher {name}, {source}"))
     return metrics
+
+
+def _posttraining(run: Run) -> list[evaluation.Panel]:
+    """Panels of each of its trainings, of all runs where a stage leaves their mean."""
+    panels = []
+    for stage, (name, _) in _posttrained(run.recipe).items():
+        place = run.directory / stage
+        runs = sorted(place.glob("run-*/metrics.jsonl")) or [place / "metrics.jsonl"]
+        curve = evaluation.read_curve(name, runs)
+        for title, unit, metrics in _LEARNT[context.kind(stage)]:
+            panels.append(
+                evaluation.Panel(
+                    title=f"{name.removeprefix('+ ')}: {title}",
+                    unit=unit,
+                    curve=curve,
+                    metrics=metrics,
+                )
+            )
+    return panels
 
 
 def _prompt(prompt: Mapping[str, Any], names: Mapping[str, str]) -> evaluation.Prompt:
@@ -255,6 +299,9 @@ def _finished(run: Run) -> list[evaluation.FinishedStage]:
 
 def _summary(figures: Mapping[str, Any]) -> str:
     """What came of a stage, in a few words."""
+    if "solved" in figures:
+        solved = f"{figures['solved']:,} of {figures['problems']:,} prompts solved"
+        return f"{figures['samples']:,} answers drawn, {solved}, loss {figures['loss']:.2f}"
     if "loss" in figures:
         skipped = f", {figures['skipped']:,} records skipped" if figures.get("skipped") else ""
         return f"{figures['tokens']:,} tokens, loss {figures['loss']:.2f} at the end{skipped}"

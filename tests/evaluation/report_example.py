@@ -8,6 +8,7 @@ from distill_jax.evaluation import (
     Cut,
     FinishedStage,
     NextToken,
+    Panel,
     Prompt,
     Report,
     Row,
@@ -147,6 +148,30 @@ def curves(rng, seeds):
     return drawn
 
 
+def posttraining(rng):
+    """Panels of SFT, whose figures fall, and of DPO, whose two kinds of answers part."""
+    steps = np.arange(1, 41)
+    parted = 0.02 * steps + rng.normal(0, 0.02, 40)
+    sft = {"tokens": list(1024.0 * steps), "loss": list(2 * steps**-0.5)}
+    dpo = {
+        "tokens": list(2048.0 * steps),
+        "chosen_reward": list(parted),
+        "rejected_reward": list(-2 * parted),
+    }
+    lines = (("chosen_reward", "chosen"), ("rejected_reward", "rejected"), ("lost", "not logged"))
+    return [
+        Panel(
+            title="SFT: loss",
+            unit="nats per token",
+            curve=Curve(name="SFT", runs=[sft]),
+            metrics=[("loss", "loss")],
+        ),
+        Panel(
+            title="DPO: rewards", unit="nats", curve=Curve(name="DPO", runs=[dpo]), metrics=lines
+        ),
+    ]
+
+
 def tokens(*pairs):
     return [NextToken(sum(map(ord, text)), text, share) for text, share in pairs]
 
@@ -241,6 +266,7 @@ def example_report(seeds=3):
             ("hard", "Cross-entropy on the training text"),
             ("small", "KL to SmolLM2-135M on the training text"),
         ),
+        posttraining=posttraining(rng),
         prompts=[capital(), water()],
         targets=[
             StoredTargets(

@@ -134,6 +134,29 @@ def test_every_table_figure_equals_its_input(report, page):
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
+def test_panels_of_post_training_show_what_was_logged(report, text):
+    (section,) = re.findall(r'<section id="posttraining">.*?</section>', text, re.DOTALL)
+    assert re.findall("<figcaption>(.*?)</figcaption>", section) == ["SFT: loss", "DPO: rewards"]
+    assert re.findall('aria-label="(.*?)"', section) == ["loss", "chosen, rejected"]
+    # The highest point of either line of rewards, in pixels, and the axis's ticks say what it is.
+    rewards = section[section.index("DPO: rewards") :]
+    assert ">nats</text>" in rewards
+    drawn = [
+        -np.array([float(y) for _, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)])
+        for path in re.findall(r'<path d="([^"]*)" clip-path', rewards)
+    ]
+    curve = report.posttraining[1].curve.runs[0]
+    lines = [np.array(curve[f"{kind}_reward"]) for kind in ("chosen", "rejected")]
+    pixels = [line for line in drawn if len(line) == 40]
+    assert len(pixels) == 4  # as logged and smoothed, which of 40 steps is the same
+    scale = np.ptp(np.concatenate(pixels)) / np.ptp(lines)
+    for found, line in zip(pixels[::2], lines, strict=True):
+        np.testing.assert_allclose(found - pixels[0][0], (line - lines[0][0]) * scale, atol=0.01)
+    nothing = dataclasses.replace(report.posttraining[0], metrics=[("lost", "not logged")])
+    bare = render(dataclasses.replace(report, posttraining=[nothing]))
+    assert 'id="posttraining"' not in bare
+
+
 def test_stores_are_shown_with_what_they_know_of_the_teacher(text):
     section = text[text.index('<section id="targets">') :]
     lines = re.findall(r"<tr>.*?</tr>", section[: section.index("</section>")], re.DOTALL)
@@ -265,6 +288,7 @@ def test_a_bare_report_leaves_sections_out(report):
         rows=[row for row in report.rows if row.kind in ("teacher", "pruned", "distilled")],
         cut=None,
         curves=(),
+        posttraining=(),
         prompts=(),
         targets=(),
         stages=(),

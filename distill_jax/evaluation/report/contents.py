@@ -91,6 +91,23 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Some figures of one training, over its tokens.
+
+    Attributes:
+      title: what it shows.
+      unit: of its figures.
+      curve: the training; figures that one of its runs has not logged are left out.
+      metrics: (metric, what the panel calls it) of each line.
+    """
+
+    title: str
+    unit: str
+    curve: Curve
+    metrics: Sequence[tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
     """What one model makes of a prompt.
 
@@ -162,6 +179,7 @@ class Report:
       cut: what was cut.
       curves: how the models learnt.
       curve_metrics: (metric, title) of each panel of curves.
+      posttraining: panels of what came after distillation.
       prompts: prompts with everyone's answers.
       targets: the stores of teacher distributions.
       stages: what happened, in order.
@@ -179,6 +197,7 @@ class Report:
     cut: Cut | None = None
     curves: Sequence[Curve] = ()
     curve_metrics: Sequence[tuple[str, str]] = (("hard", "Cross-entropy on the training text"),)
+    posttraining: Sequence[Panel] = ()
     prompts: Sequence[Prompt] = ()
     targets: Sequence[StoredTargets] = ()
     stages: Sequence[FinishedStage] = ()

@@ -8,9 +8,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from distill_jax.evaluation.report.contents import Curve, Cut
+from distill_jax.evaluation.report.contents import Curve, Cut, Panel
 from distill_jax.evaluation.report.svg import COLOUR, new_figure, style, to_svg
 
 BUCKETS = 48
@@ -196,35 +197,68 @@ def curve_plot(curves: Sequence[Curve], metric: str, name: str) -> str | None:
     shown = [
         (index, *common_steps(curve, metric))
         for index, curve in enumerate(curves)
-        if all(metric in run for run in curve.runs)
+        if _logged(curve, metric)
     ]
     if not shown:
         return None
     with style():
-        figure = new_figure(430, 260)
-        axes = figure.add_subplot()
-        top, bottom = -np.inf, np.inf
-        for index, tokens, values in shown:
-            colour = COLOUR[f"series-{index % SERIES}"]
-            for seed in values:
-                axes.plot(tokens, seed, color=colour, linewidth=0.8, alpha=0.28)
-            mean = smooth(values.mean(axis=0))
-            dashes = [float(dash) / 2 for dash in DASHES[index % SERIES].split()]
-            pattern = (0, tuple(dashes)) if dashes else "solid"
-            axes.plot(tokens, mean, color=colour, linewidth=2.2, linestyle=pattern)
-            settled = len(mean) // 10
-            top, bottom = max(top, mean[settled:].max()), min(bottom, mean.min(), values.min())
+        figure, axes = _curve_axes("nats per token")
+        means = [_draw(axes, *one) for one in shown]
+        settled = max(mean[len(mean) // 10 :].max() for mean in means)
+        lowest = min(values.min() for _, _, values in shown)
         # The first tenth, which falls from the sky, would flatten all that follows.
-        margin = 0.06 * (top - bottom) or 0.5
-        axes.set_ylim(bottom - margin, top + margin)
-        axes.set_xlabel("training tokens")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value)))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        margin = 0.06 * (settled - lowest) or 0.5
+        axes.set_ylim(lowest - margin, settled + margin)
         axes.set_xlim(0, max(tokens[-1] for _, tokens, _ in shown))
-        axes.set_ylabel("nats per token")
-        axes.tick_params(length=0)
-        axes.grid(axis="y")
         return to_svg(figure, name, f"{len(shown)} training curves")
+
+
+def panel_plot(panel: Panel, name: str) -> str | None:
+    """A panel's lines, drawn as those of `curve_plot`, whole. None if nothing of it was logged."""
+    shown = [
+        (index, label, *common_steps(panel.curve, metric))
+        for index, (metric, label) in enumerate(panel.metrics)
+        if _logged(panel.curve, metric)
+    ]
+    if not shown:
+        return None
+    with style():
+        figure, axes = _curve_axes(panel.unit)
+        for index, label, tokens, values in shown:
+            _draw(axes, index, tokens, values, label)
+        if len(shown) > 1:
+            axes.legend(frameon=False, labelcolor=COLOUR["muted"])
+        return to_svg(figure, name, ", ".join(label for _, label, *_ in shown))
+
+
+def _logged(curve: Curve, metric: str) -> bool:
+    return all(metric in run for run in curve.runs)
+
+
+def _curve_axes(unit: str) -> tuple[Figure, Axes]:
+    figure = new_figure(430, 260)
+    axes = figure.add_subplot()
+    axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.set_ylabel(unit)
+    axes.tick_params(length=0)
+    axes.grid(axis="y")
+    return figure, axes
+
+
+def _draw(
+    axes: Axes, index: int, tokens: np.ndarray, values: np.ndarray, label: str | None = None
+) -> np.ndarray:
+    """Draws the runs [seeds, S] of a series, and their smoothed mean [S], which it returns."""
+    colour = COLOUR[f"series-{index % SERIES}"]
+    for seed in values:
+        axes.plot(tokens, seed, color=colour, linewidth=0.8, alpha=0.28)
+    mean = smooth(values.mean(axis=0))
+    dashes = [float(dash) / 2 for dash in DASHES[index % SERIES].split()]
+    pattern = (0, tuple(dashes)) if dashes else "solid"
+    axes.plot(tokens, mean, color=colour, linewidth=2.2, linestyle=pattern, label=label)
+    return mean
 
 
 def common_steps(curve: Curve, metric: str) -> tuple[np.ndarray, np.ndarray]:

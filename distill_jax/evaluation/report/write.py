@@ -81,6 +81,10 @@ def _context(report: Report) -> dict[str, Any]:
         (title, plots.curve_plot(report.curves, metric, f"curve{i}"))
         for i, (metric, title) in enumerate(report.curve_metrics)
     ]
+    later = [
+        (panel.title, plots.panel_plot(panel, f"posttraining{i}"))
+        for i, panel in enumerate(report.posttraining)
+    ]
     cost = tables.cost_table(report)
     svgs = plots.cut_plots(report.cut) if report.cut else {}
     return {
@@ -92,6 +96,7 @@ def _context(report: Report) -> dict[str, Any]:
         "cut_plots": {name: Markup(svg) for name, svg in svgs.items()},
         "colour_stops": plots.colour_stops(),
         "curve_plots": [(title, Markup(svg)) for title, svg in panels if svg is not None],
+        "posttraining_plots": [(title, Markup(svg)) for title, svg in later if svg is not None],
         "legend": [
             Legend(curve.name, i % plots.SERIES, plots.DASHES[i % plots.SERIES], len(curve.runs))
             for i, curve in enumerate(report.curves)
