@@ -1,5 +1,6 @@
 """One of several processes that train together: python several.py DIRECTORY ROLE."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from .bigrams import bigram_loss
 CONFIG = models.LlamaConfig(
     vocab_size=32, embed=16, mlp=32, layers=2, heads=4, kv_heads=2, head_dim=4, tied=True
 )
+TEACHER = dataclasses.replace(CONFIG, embed=24, layers=1, kv_heads=4, tied=False)
 TRAIN = TrainConfig(steps=16, batch_rows=8, checkpoint_every=100)
 FSDP = parallel.MeshConfig(fsdp=2, data=-1)
 SHARED = parallel.MeshConfig(fsdp=1, sequence=4)
@@ -62,25 +64,26 @@ def told():
         time.sleep(0.05)
 
 
-def random_model(mesh):
+def random_model(config, mesh):
     """A model of random parameters, each where it lives."""
-    shapes = models.abstract_params(CONFIG)
+    shapes = models.abstract_params(config)
     rng = np.random.default_rng(1)
     values = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) / 4, shapes)
-    places = parallel.shardings(mesh, models.logical_axes(CONFIG), shapes)
+    places = parallel.shardings(mesh, models.logical_axes(config), shapes)
     params = jax.tree.map(
         lambda value, place: jax.make_array_from_callback(value.shape, place, value.__getitem__),
         values,
         places,
     )
-    return models.Model(CONFIG, params)
+    return models.Model(config, params)
 
 
 def run(directory, *, devices=None, mesh=FSDP, disturbed=None):
     """Trains, or goes on, with some devices of all processes.
 
     Args:
-      directory: of the run; one called "model..." is of a language model, others of bigrams.
+      directory: of the run; one called "model..." is of a language model, one called "live..." of
+        one with a teacher of another shape beside it, others of bigrams.
       devices: how many of all; None for every one.
       mesh: how they are arranged.
       disturbed: (number, deed) of a batch before which this process does something.
@@ -92,12 +95,23 @@ def run(directory, *, devices=None, mesh=FSDP, disturbed=None):
     )
     if disturbed is not None:
         batches = Disturbed(batches, *disturbed)
-    loss_fn = bigram_loss
+    loss_fn, teachers = bigram_loss, {}
     if directory.name.startswith("model"):
         loss_fn = language_model_loss(CONFIG, losses.hard_labels(), mesh=mesh)
+    if directory.name.startswith("live"):
+        teachers = {"live": random_model(TEACHER, mesh)}
+        objective = losses.distill("live", losses.forward_kl)
+        loss_fn = language_model_loss(CONFIG, objective, live={"live": TEACHER}, mesh=mesh)
     with parallel.stoppable():
         return train(
-            random_model(mesh), loss_fn, batches, TRAIN, directory, mesh=mesh, split_time=True
+            random_model(CONFIG, mesh),
+            loss_fn,
+            batches,
+            TRAIN,
+            directory,
+            teachers=teachers,
+            mesh=mesh,
+            split_time=True,
         )
 
 
@@ -124,6 +138,7 @@ def begin(root, second):
     """Undisturbed runs, and one that stops; the second process alone is told so."""
     whole = digest(run(root / "two"))
     run(root / "model-two", mesh=SHARED)
+    run(root / "live-two")
     step = stopped(root / "cycle", disturbed=(4, told) if second else None)
     return {"digest": whole, "stopped": step}
 

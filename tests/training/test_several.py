@@ -61,11 +61,13 @@ def cycled(tmp_path_factory):
     "whole" was undisturbed in this process with eight devices, "two" in two processes; "cycle" was
     stopped in two, in this one with eight, four and eight devices, and ended in two; "again" was
     stopped in two and ended there. "model" is of a language model in this process, "model-two" in
-    two whose devices all share rows.
+    two whose devices all share rows; "live" and "live-two" are of one with a live teacher, split
+    over all devices.
     """
     place = tmp_path_factory.mktemp("several")
     several.run(place / "whole")
     several.run(place / "model")
+    several.run(place / "live")
     said = run_two(place, "begin")
     shutil.copytree(place / "cycle", place / "again")
     stops = [
@@ -84,7 +86,12 @@ def test_processes_agree_where_to_stop_though_one_alone_was_told(cycled):
 
 def test_any_number_of_devices_and_processes_goes_on_with_the_same_losses(cycled):
     place = cycled[0]
-    for name, expected in (("two", "whole"), ("cycle", "whole"), ("model-two", "model")):
+    for name, expected in (
+        ("two", "whole"),
+        ("cycle", "whole"),
+        ("model-two", "model"),
+        ("live-two", "live"),
+    ):
         assert_same_losses(place / name, place / expected)
 
 
