@@ -93,7 +93,7 @@ def accuracy(
     problems: Sequence[Problem] | None = None,
     *,
     max_new_tokens: int = 32,
-    rows_per_batch: int = 32,
+    rows_per_batch: int = 256,
     template: str | None = None,
 ) -> dict[str, float]:
     """How well a model does a task, answering greedily.
@@ -104,7 +104,7 @@ def accuracy(
       task: scores the answers.
       problems: the questions; by default the task's held-out ones.
       max_new_tokens: where an answer that does not end is cut off.
-      rows_per_batch: problems answered at a time.
+      rows_per_batch: problems handed over at a time; as rows of `generate` end, others begin.
       template: a chat template in place of the tokenizer's own.
 
     Returns:
