@@ -20,6 +20,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Threads of XLA: in a collective each device holds one, and others must be left to compute.
 os.environ.setdefault("NPROC", "16")
+# Threads of LAPACK, which every device calls, and of PyTorch. Where cores are few, several wait for
+# one another longer than they compute.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _flags = [
     "--xla_cpu_parallel_codegen_split_count=1",
