@@ -5,6 +5,9 @@ import pytest
 
 from distill_jax.teachers import sampling
 
+# Vocabularies of a million: here computing takes longer than compiling.
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 def numpy_top_k(values, k):
     """Oracle: a stable sort of the whole vocabulary."""
