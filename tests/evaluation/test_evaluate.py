@@ -120,6 +120,7 @@ def assert_close(found, wanted):
             np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_equals_the_float64_oracle(family, splits, plain):
     found = plain
     teachers = {name: family[name] for name in ("teacher", "other")}
@@ -163,6 +164,7 @@ def test_given_labels_and_mask_take_precedence(family, splits):
     np.testing.assert_allclose(found["cross_entropy"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives(family, splits, plain):
     assert jax.device_count() == 8
     mesh = parallel.make_mesh(parallel.MeshConfig(data=2, fsdp=2, tensor=2))

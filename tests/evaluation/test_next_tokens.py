@@ -34,6 +34,7 @@ def model(tokenizer):
     return models.Model(config, params)
 
 
+@pytest.mark.slow
 def test_likeliest_first_and_over_the_whole_vocabulary(model, tokenizer):
     prompt = "the cat sat on the"
     ids = tokenizer.encode(prompt, bos=True)

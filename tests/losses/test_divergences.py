@@ -86,6 +86,7 @@ def test_top_k_of_everything_equals_dense(name, logits):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name for name in NAMES if name not in ("alpha_beta_divergence", "adaptive_kl")]
 )

@@ -182,6 +182,7 @@ def test_conservative_and_identity_losses_stop_at_their_margins():
         assert slope(best + 0.1) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [bool, np.float32, np.int32])
 def test_masked_tokens_change_nothing(dtype):
     nan = float("nan")

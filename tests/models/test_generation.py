@@ -124,6 +124,7 @@ def test_a_stop_id_ends_its_row_and_no_other(model):
     assert len(run(stop_ids)[2].tokens) == 1
 
 
+@pytest.mark.slow
 def test_generation_ends_when_every_row_has_stopped(model, monkeypatch):
     steps = []
 
@@ -162,6 +163,7 @@ def truncated(log_probs, sampling):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampling", "support"),
     [

@@ -27,6 +27,7 @@ def test_shardings_follow_the_rules_and_leave_whole_what_does_not_divide():
     assert specs["layers"]["mlp"]["down"] == P(None, "tensor", "fsdp")
 
 
+@pytest.mark.slow
 def test_sharded_logits_equal_one_device():
     params = models.init_params(CONFIG, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (4, 12), 0, CONFIG.vocab_size)

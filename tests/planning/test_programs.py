@@ -103,6 +103,7 @@ def test_distill_is_called_with_what_the_data_gives(recipe):
     assert described(program.held["optimizer"]) == described(state)
 
 
+@pytest.mark.slow
 def test_the_step_that_is_lowered_is_the_one_that_trains(tmp_path):
     """Trains a step with `training.train`: one more call of what it jits compiles nothing new."""
     small = TEACHER
@@ -149,7 +150,13 @@ def test_post_training_is_called_with_what_its_rows_hold(recipe):
     assert program.tokens == 16 * 2 * 128
 
 
-@pytest.mark.parametrize("stage", ["distill", "targets", "prune", "sft", "on-policy", "dpo"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        *("distill", "targets", "sft"),
+        *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("prune", "on-policy", "dpo")),
+    ],
+)
 def test_every_stage_can_be_traced_on_devices_that_are_here(stage):
     recipe = load_recipe(TINY, ["size=test", "on_policy=gkd"])
     mesh = parallel.MeshConfig(data=2, fsdp=2, tensor=2)

@@ -176,6 +176,7 @@ def test_rows_survive_the_input_pipeline(rows):
         np.testing.assert_array_equal(batch[name], values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [4, 64])
 def test_chunks_change_neither_values_nor_gradients(chunk):
     hidden = jax.random.normal(jax.random.key(0), (10, 6))

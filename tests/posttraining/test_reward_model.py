@@ -46,6 +46,7 @@ def plain_scores(config, params) -> jax.Array:
     return jnp.stack(picked).reshape(-1, 2)
 
 
+@pytest.mark.slow
 def test_loss_terms_and_gradient_are_bradley_terrys_on_the_last_logits(model):
     plain, along = jax.vjp(jax.jit(functools.partial(plain_scores, model.config)), model.params)
     exact = np.asarray(plain, np.float64)

@@ -122,6 +122,7 @@ def test_log_likelihood_is_the_mean_over_the_answer_and_its_end(tokenizer, rando
         np.testing.assert_allclose(score, np.mean(expected), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_every_device_judges_answers_of_its_own(tokenizer, random_model, split):
     teacher, mesh = random_model(tokenizer.vocab_size), parallel.make_mesh()
     problems = [PROBLEM] * 11

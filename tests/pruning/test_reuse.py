@@ -36,6 +36,7 @@ def measured(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_the_same_is_not_measured_again(tmp_path, measured):
     model, config = tiny.model(), ImportanceConfig()
     path = tmp_path / "scores.safetensors"

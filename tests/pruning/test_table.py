@@ -41,6 +41,7 @@ def test_a_share_is_one_of_as_many_as_there_are(table, text):
         table.prune_table.part(text)
 
 
+@pytest.mark.slow
 def test_distilling_takes_nothing_from_the_whole_model(table, monkeypatch):
     """What no cut changed is one array in both, and a step takes the place of what it updates."""
     whole = tiny.model(dataclasses.replace(tiny.SOURCE, tied=True))

@@ -168,6 +168,7 @@ def test_the_error_of_a_ratio_is_that_over_repetitions(measure):
     assert measure.measured._ratio(np.ones(1), np.full(1, 4.0)) == (0.25, None)
 
 
+@pytest.mark.slow
 def test_a_bias_of_a_hundredth_is_seen(measure, monkeypatch):
     unpack = teachers.Threshold.unpack
 

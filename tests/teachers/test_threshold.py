@@ -185,6 +185,7 @@ def test_the_mean_value_is_the_divergence(scheme):
     assert off.mean() - expected > 8 * found.std() / np.sqrt(redraws)
 
 
+@pytest.mark.slow
 def test_a_token_alone_and_its_key_decide():
     logits = np.random.default_rng(3).standard_normal((4, 397)).astype(np.float32) * 3
     other = sampling.token_keys(jax.numpy.array([9, 9], jax.numpy.uint32), jax.numpy.arange(4))

@@ -157,6 +157,7 @@ def test_the_step_consumes_its_state_and_no_teacher():
     assert donated == [{True}, {False}, {False}]
 
 
+@pytest.mark.slow
 def test_training_takes_teachers_wherever_they_are_and_leaves_them_so(tmp_path):
     mesh = parallel.make_mesh(parallel.MeshConfig(), jax.devices()[:2])
     whole = {name: models.Model(SHAPES[name], tree) for name, tree in teachers().items()}
