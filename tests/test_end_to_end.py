@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -143,8 +144,14 @@ def test_the_report_stands_alone_and_shows_every_model(whole):
     assert not [link for link in found if not link.startswith(("#", "data:"))]
     for name in ("small", "large", "pruned", "distilled", "random start", "+ DPO"):
         assert name in page
-    for caption in ("SFT: loss", "Rejection sampling: loss", "DPO: rewards"):
-        assert f"<figcaption>{caption}</figcaption><svg" in page
+    later = page[page.index('<section id="posttraining">') : page.index('<section id="models">')]
+    assert re.findall("<figcaption>(.*?)</figcaption><svg", later) == [
+        "SFT: loss",
+        "Rejection sampling: loss",
+        "DPO: log-probabilities",
+        "DPO: rewards",
+        "DPO: pairs in which chosen is ahead",
+    ]
     look = teachers.describe(whole / "targets" / "large" / "samples")
     for name in ("mean_entropy", "teacher_cross_entropy"):
         assert f"<td>{look[name]:.3f}</td>" in page

@@ -44,16 +44,21 @@ def _of_both(figure: str) -> tuple[tuple[str, str], ...]:
 
 
 _LOSS = ("loss", "nats per token", (("loss", "loss"),))
-_ACCURACY = ("pairs told apart", "share of pairs", (("reward_accuracy", "chosen is ahead"),))
+_TOLD_APART = "pairs in which chosen is ahead", "share of pairs"
+_TO_TEACHER = (("reverse_kl", "GKD"), ("minillm/single_step", "MiniLLM"))
 _LEARNT = {
     SFT: (_LOSS,),
-    ON_POLICY: (_LOSS,),
-    REWARD: (("loss", "nats per pair", (("loss", "loss"),)), _ACCURACY),
+    # The value of MiniLLM's loss means nothing.
+    ON_POLICY: (("KL to the teacher", "nats per token", _TO_TEACHER),),
+    REWARD: (
+        ("scores", "reward", _of_both("score")),
+        (*_TOLD_APART, (("score_accuracy", "accuracy"),)),
+    ),
     REJECTION: (_LOSS,),
     DPO: (
         ("log-probabilities", "nats per answer", _of_both("log_prob")),
-        ("rewards", "nats", (*_of_both("reward"), ("reward_margin", "margin"))),
-        _ACCURACY,
+        ("rewards", "beta nats", (*_of_both("reward"), ("reward_margin", "margin"))),
+        (*_TOLD_APART, (("reward_accuracy", "accuracy"),)),
     ),
 }
 """Of each stage of post-training: what a panel shows, its unit, and its lines."""
@@ -299,12 +304,16 @@ def _finished(run: Run) -> list[evaluation.FinishedStage]:
 
 def _summary(figures: Mapping[str, Any]) -> str:
     """What came of a stage, in a few words."""
-    if "solved" in figures:
-        solved = f"{figures['solved']:,} of {figures['problems']:,} prompts solved"
-        return f"{figures['samples']:,} answers drawn, {solved}, loss {figures['loss']:.2f}"
     if "loss" in figures:
-        skipped = f", {figures['skipped']:,} records skipped" if figures.get("skipped") else ""
-        return f"{figures['tokens']:,} tokens, loss {figures['loss']:.2f} at the end{skipped}"
+        drawn = skipped = ""
+        if "solved" in figures:
+            best = f"the best for {figures['solved']:,} of {figures['problems']:,} prompts"
+            drawn = f"{figures['samples']:,} answers, {best}; "
+        if figures.get("skipped"):
+            skipped = f", {figures['skipped']:,} records skipped"
+        return (
+            f"{drawn}{figures['tokens']:,} tokens, loss {figures['loss']:.2f} at the end{skipped}"
+        )
     if "parameters" in figures:
         return f"{figures['parameters']:,} parameters"
     if "splits" in figures:

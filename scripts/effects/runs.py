@@ -148,7 +148,7 @@ def scores(
     assert run.recipe.posttraining is not None
     asked = dataclasses.replace(run.recipe.posttraining.rejection, samples=samples)
     answer = functools.partial(posttraining.accuracy, max_new_tokens=asked.max_new_tokens)
-    greedy = answer(model, run.tokenizer, task, rows_per_batch=256)
+    greedy = answer(model, run.tokenizer, task)
     records = []
     for start in range(0, len(problems), 64):
         part = problems[start : start + 64]

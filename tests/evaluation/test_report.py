@@ -137,8 +137,9 @@ def test_every_table_figure_equals_its_input(report, page):
 def test_panels_of_post_training_show_what_was_logged(report, text):
     (section,) = re.findall(r'<section id="posttraining">.*?</section>', text, re.DOTALL)
     assert re.findall("<figcaption>(.*?)</figcaption>", section) == ["SFT: loss", "DPO: rewards"]
-    assert re.findall('aria-label="(.*?)"', section) == ["loss", "chosen, rejected"]
-    # The highest point of either line of rewards, in pixels, and the axis's ticks say what it is.
+    said = ["training: loss", "training: chosen, rejected"]
+    assert re.findall('aria-label="(.*?)"', section) == said
+    # Both lines of rewards have the shape of their figures, on one scale.
     rewards = section[section.index("DPO: rewards") :]
     assert ">nats</text>" in rewards
     drawn = [

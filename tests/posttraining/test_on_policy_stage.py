@@ -66,7 +66,7 @@ def test_a_recipe_lets_a_teacher_correct_its_student(
     assert stage.external.keys() == {str(chats), str(asked)}
     assert made[context.REJECTION].inputs == (context.CORPUS, context.ON_POLICY)
     assert context.model_stages(recipe)[-4:] == list(made)
-    assert report._POSTTRAINING.keys() == made.keys()
+    assert report._POSTTRAINING.keys() == report._LEARNT.keys() == {*made, context.REWARD}
 
     place = run.directory / context.ON_POLICY
     place.mkdir()
@@ -75,6 +75,8 @@ def test_a_recipe_lets_a_teacher_correct_its_student(
         "used": 3, "skipped": 1, "prompts": 3, "steps": 4,
     }  # fmt: skip
     lines = read_metrics(place / "metrics.jsonl")
+    ((_, _, drawn),) = report._LEARNT[context.ON_POLICY]
+    assert [name for name, _ in drawn if name in lines[0]] == ["reverse_kl"]
     own = [line["student_sampled"] for line in lines]
     assert set(own) == {0.0, 1.0}
     # An answer that is given is a digit and the end of its turn.

@@ -14,7 +14,7 @@ from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.posttraining import answers, encode_pair, read_samples, rejection
 from distill_jax.recipe import TokenizerConfig
-from distill_jax.stages import context, posttraining, preflight
+from distill_jax.stages import context, posttraining, preflight, report
 from distill_jax.training import read_metrics
 
 
@@ -303,6 +303,8 @@ def test_a_reward_model_learns_from_a_file_and_judges_samples(
     assert figures["held_out_accuracy"] == 1
     lines = read_metrics(place / "metrics.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
+    drawn = {name for *_, metrics in report._LEARNT[context.REWARD] for name, _ in metrics}
+    assert drawn < lines[0].keys()
     place, stage = made[context.REJECTION]
     stage.work(place)
     (record,) = read_samples(place / "samples")

@@ -25,6 +25,9 @@ CONFIG = models.LlamaConfig(
 TEACHER = dataclasses.replace(CONFIG, embed=24, layers=1, kv_heads=4, tied=False)
 TRAIN = TrainConfig(steps=16, batch_rows=8, checkpoint_every=100)
 FSDP = parallel.MeshConfig(fsdp=2, data=-1)
+"""Every process has whole parameters."""
+SHARES = parallel.MeshConfig()
+"""Of every parameter each device has a share."""
 SHARED = parallel.MeshConfig(fsdp=1, sequence=4)
 """All devices, those of other processes too, have parts of the same rows."""
 
@@ -138,7 +141,7 @@ def begin(root, second):
     """Undisturbed runs, and one that stops; the second process alone is told so."""
     whole = digest(run(root / "two"))
     run(root / "model-two", mesh=SHARED)
-    run(root / "live-two")
+    run(root / "live-two", mesh=SHARES)
     step = stopped(root / "cycle", disturbed=(4, told) if second else None)
     return {"digest": whole, "stopped": step}
 

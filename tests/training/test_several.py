@@ -61,13 +61,13 @@ def cycled(tmp_path_factory):
     "whole" was undisturbed in this process with eight devices, "two" in two processes; "cycle" was
     stopped in two, in this one with eight, four and eight devices, and ended in two; "again" was
     stopped in two and ended there. "model" is of a language model in this process, "model-two" in
-    two whose devices all share rows; "live" and "live-two" are of one with a live teacher, split
-    over all devices.
+    two whose devices all share rows; "live" and "live-two" are of one with a live teacher, and of
+    both models each device has a share.
     """
     place = tmp_path_factory.mktemp("several")
     several.run(place / "whole")
     several.run(place / "model")
-    several.run(place / "live")
+    several.run(place / "live", mesh=several.SHARES)
     said = run_two(place, "begin")
     shutil.copytree(place / "cycle", place / "again")
     stops = [

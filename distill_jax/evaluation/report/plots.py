@@ -228,7 +228,7 @@ def panel_plot(panel: Panel, name: str) -> str | None:
             _draw(axes, index, tokens, values, label)
         if len(shown) > 1:
             axes.legend(frameon=False, labelcolor=COLOUR["muted"])
-        return to_svg(figure, name, ", ".join(label for _, label, *_ in shown))
+        return to_svg(figure, name, f"training: {', '.join(label for _, label, *_ in shown)}")
 
 
 def _logged(curve: Curve, metric: str) -> bool:
@@ -257,7 +257,14 @@ def _draw(
     mean = smooth(values.mean(axis=0))
     dashes = [float(dash) / 2 for dash in DASHES[index % SERIES].split()]
     pattern = (0, tuple(dashes)) if dashes else "solid"
-    axes.plot(tokens, mean, color=colour, linewidth=2.2, linestyle=pattern, label=label)
+    marker = "o" if len(tokens) == 1 else None
+    options: dict[str, Any] = {
+        "color": colour,
+        "linestyle": pattern,
+        "marker": marker,
+        "label": label,
+    }
+    axes.plot(tokens, mean, linewidth=2.2, **options)
     return mean
 
 
