@@ -195,6 +195,7 @@ def test_sizes(family, plain):
     assert "prefill_tokens_per_s" not in found
 
 
+@pytest.mark.slow
 def test_speeds_are_measured(family):
     config = SpeedConfig(prefill_tokens=8, new_tokens=2, rows=2, repeats=1)
     found = measure_speed(family["student"], config)

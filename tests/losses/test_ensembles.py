@@ -97,6 +97,7 @@ def test_a_teacher_of_weight_zero_changes_nothing(batch):
     np.testing.assert_allclose(alone(student, targets)[0], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_mixture_of_extreme_logits_is_finite():
     spread = jnp.asarray([[1e4, -1e4, 0.0, 5.0], [-1e4, 1e4, 3.0, 0.0]])
     for temperature in (1.0, 1e-3):

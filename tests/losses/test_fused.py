@@ -264,7 +264,8 @@ def test_default_chunk():
     assert losses.default_chunk(8192, 64, least=0) == 256
 
 
-@pytest.mark.parametrize("vocabulary", [256, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", [256, 300])
 def test_blocks_of_rows_and_tiles_of_the_vocabulary_change_nothing(vocabulary, monkeypatch):
     rng = np.random.default_rng(1)
     teacher = rng.normal(size=(N, vocabulary))

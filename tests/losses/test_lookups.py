@@ -98,6 +98,7 @@ def test_equals_the_gradient_of_whole_distributions():
     np.testing.assert_allclose(gradient, slope, rtol=2e-5, atol=2e-7)
 
 
+@pytest.mark.slow
 def test_is_rounded_once():
     logits, targets, where = inputs(1)
     _, exact, _ = through(OBJECTIVE, logits, targets, where)

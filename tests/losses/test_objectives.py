@@ -55,6 +55,7 @@ def test_weight_follows_a_schedule_of_the_step(batch):
         objective(student, targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(oracles.DIVERGENCES))
 def test_temperature_follows_a_schedule_of_the_step(name, batch):
     student, targets = batch

@@ -150,6 +150,7 @@ def test_short_prompts_are_read_many_at_once_and_long_ones_few(model, monkeypatc
     assert sum(int(np.sum(np.asarray(call[0][3]) > 0)) for call in calls) == 21
 
 
+@pytest.mark.slow
 def test_tokens_are_handed_out_as_they_come(model):
     prompts = uneven_prompts(6)
     kwargs = {

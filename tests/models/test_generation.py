@@ -168,9 +168,7 @@ def truncated(log_probs, sampling):
     ("sampling", "support"),
     [
         (Sampling(top_k=3), 3),
-        pytest.param(
-            Sampling(temperature=0.8, top_k=20, top_p=0.95, min_p=0.1), None, marks=pytest.mark.slow
-        ),
+        (Sampling(temperature=0.8, top_k=20, top_p=0.95, min_p=0.1), None),
     ],
 )
 def test_pairs_of_tokens_have_the_right_frequencies(model, next_log_probs, sampling, support):
@@ -206,6 +204,7 @@ def assert_frequencies(completions, probabilities):
     assert scipy.stats.chisquare(observed, wanted).pvalue > 0.001
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_generate(model, next_log_probs):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
     completion = models.generate(

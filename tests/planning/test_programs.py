@@ -133,6 +133,7 @@ def test_the_step_that_is_lowered_is_the_one_that_trains(tmp_path):
     assert "sharding" in text
 
 
+@pytest.mark.slow
 def test_post_training_is_called_with_what_its_rows_hold(recipe):
     tokens = posttraining.Example([1, 2, 3], [False, True, True])
     rows = posttraining.pack([tokens], 128)

@@ -131,6 +131,7 @@ def policy(random_model):
     return model, np.asarray(log_probs), along
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

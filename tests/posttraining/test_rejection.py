@@ -109,6 +109,7 @@ def test_samples_are_what_the_model_draws_for_their_seed(tokenizer, random_model
     assert (record["kept"], record["chosen"], record["rejected"]) == (kept[:1], chosen, rejected)
 
 
+@pytest.mark.slow
 def test_samples_of_a_problem_read_its_prompt_once(tokenizer, random_model, monkeypatch):
     read, prompts = decoding.read, []
 

@@ -109,6 +109,7 @@ def test_accuracy_counts_each_pair_once(model, split, pairs_per_batch, devices):
     assert found == (scores[:, 0] > scores[:, 1]).mean()
 
 
+@pytest.mark.slow
 def test_as_a_reward_it_scores_the_text_and_its_end(tokenizer, random_model):
     model = random_model(tokenizer.vocab_size)
     prompts = [[{"role": "user", "content": text}] for text in ("2 + 2?", "Say a", "And b?")]

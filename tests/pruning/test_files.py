@@ -23,6 +23,7 @@ SMALL = 2000
 """Bytes of a file: every model here takes several."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_files_are_those_of_surgery_in_memory(tmp_path, dtype, tied):

@@ -99,6 +99,7 @@ def test_scores_do_not_depend_on_the_split_into_batches():
             )
 
 
+@pytest.mark.slow
 def test_padding_counts_nowhere():
     model, batch = tiny.model(), tiny.rows(4)
     changed = np.where(batch["segment_ids"] > 0, batch["tokens"], 7)

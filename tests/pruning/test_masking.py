@@ -22,6 +22,7 @@ CUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", CUTS)
 def test_masked_parameters_compute_what_the_masked_model_does(name, tied):

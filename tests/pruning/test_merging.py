@@ -23,6 +23,7 @@ def merged_by_hand(plan, params):
     return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cut",
     [

@@ -61,6 +61,7 @@ def test_prune_without_repair_is_the_plan_alone(tmp_path):
     assert figures["repair"] == "none"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"repair": False}, {"repair_order": "at_once"}], ids=str)
 def test_heads_are_merged_before_the_cut(tmp_path, batches, options):
     model = tiny.model(SOURCE)

@@ -49,6 +49,7 @@ def test_the_same_is_not_measured_again(tmp_path, measured):
     np.testing.assert_array_equal(first.mlp, importance(model, ROWS, config).mlp)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "config"),
     [

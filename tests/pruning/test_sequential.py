@@ -150,6 +150,7 @@ def test_every_projection_is_the_least_squares_solution(cut):
                 )
 
 
+@pytest.mark.slow
 def test_nothing_cut_nothing_changed():
     model = tiny.model()
     plan = make_plan(tiny.random_scores(tiny.SOURCE), tiny.SOURCE, tiny.SOURCE)
@@ -159,6 +160,7 @@ def test_nothing_cut_nothing_changed():
     )
 
 
+@pytest.mark.slow
 def test_what_cannot_be_learnt_from_the_rows_is_left_as_it_was_cut():
     """Where every fit errs more than the plain cut on rows it did not see, the cut stays."""
     model, plan = tiny.model(), everything_plan()

@@ -191,9 +191,8 @@ def test_take_serves_any_tree_that_bears_the_axes():
     np.testing.assert_array_equal(cut["mu"]["layers"]["attention"]["query"][layer], expected)
 
 
-@pytest.mark.parametrize(
-    "tied", [pytest.param(True, marks=pytest.mark.slow), False], ids=["tied", "untied"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_optimizer_state_is_cut_like_the_parameters(tied):
     """Adam's moments after real gradients, inside a chain, against slices by hand."""
     target = dataclasses.replace(tiny.SOURCE, **CUTS["everything"] | {"tied": tied})

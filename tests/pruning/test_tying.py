@@ -69,6 +69,7 @@ def test_every_token_s_row_is_the_least_squares_solution():
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [1e-2, 1e-9])
 def test_fewer_calibration_tokens_than_channels_leave_numbers_however_little_is_pulled(weight):
     source = dataclasses.replace(tiny.SOURCE, embed=96)

@@ -95,6 +95,7 @@ def test_shards_are_copied_once_when_they_are_read(bucket, tmp_path):
     assert teachers.open_store(f"{REMOTE}/store")[3]["key"] == "key3"
 
 
+@pytest.mark.slow
 def test_a_store_written_anew_is_not_read_from_old_copies(bucket):
     write_store(f"{REMOTE}/store")
     assert teachers.open_store(f"{REMOTE}/store")[0]["key"] == "key0"

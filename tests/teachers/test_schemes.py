@@ -117,6 +117,7 @@ def test_all_ids_as_top_k_give_the_whole_divergence(logits):
     np.testing.assert_allclose(losses.forward_kl(student, targets), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_token_is_sampled_alike_in_any_batch(logits, scheme):
     token_keys = keys(TOKENS)

@@ -45,9 +45,8 @@ def split_encode(scheme, temperature):
     )
 
 
-@pytest.mark.parametrize(
-    "scheme", [*SCHEMES[:-1], pytest.param(SCHEMES[-1], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_split_over_devices_nothing_changes(scheme):
     labels = np.random.default_rng(1).integers(-1, VOCAB, TOKENS)
     whole = encode(scheme, make_logits(), keys(TOKENS), 1.5, labels)

@@ -43,6 +43,7 @@ def exact_threshold(probs, ids):
     return np.exp(scipy.optimize.brentq(excess, -60, 0.1, xtol=1e-13))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_mean_over_redraws_is_the_distribution(kind, scheme):
@@ -167,6 +168,7 @@ def test_the_mean_gradient_is_that_of_the_whole_distribution():
     assert (np.abs(error) < 4.5 * deviation / np.sqrt(redraws) + 4 * TAU / redraws).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [*SCHEMES, teachers.RandomSampling(draws=20)])
 def test_the_mean_value_is_the_divergence(scheme):
     """The entropy is known, so that not only the gradient is unbiased."""

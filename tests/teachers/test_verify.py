@@ -67,6 +67,7 @@ def test_a_llama_says_what_its_logits_say(stores, model, corpus):
             assert (targets["ids"][place, 0] == log_probs.argmax(axis=-1)).mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_what_the_teacher_said_it_says_again(stores, model, corpus, name):
     figures = teachers.verify(stores[name], corpus, model, sample=4)

@@ -102,6 +102,7 @@ def written(tmp_path_factory, teacher, corpus):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_top_k_of_every_token_against_float64(tmp_path, written, teacher, corpus, temperature):
     directory = written
@@ -151,6 +152,7 @@ def test_threshold_samples_sum_to_one_within_tau_and_skip_padding(written, corpu
         assert not weights[~real].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -163,6 +165,7 @@ def test_batch_and_chunk_change_no_sample(tmp_path, written, teacher, corpus, co
     assert_alike(tmp_path, written)
 
 
+@pytest.mark.slow
 def test_order_and_shards_change_no_sample(tmp_path, written, teacher, corpus):
     shuffled = ListCorpus(corpus.rows[::-1], fingerprint="corpus-b")
     write(tmp_path, teacher, shuffled, teachers.WriteConfig(batch_rows=3, rows_per_shard=5))

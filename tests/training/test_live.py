@@ -117,6 +117,7 @@ def test_loss_and_gradient_are_those_of_logits_that_were_there_before(sizes, par
     chex.assert_trees_all_close(actual[1], gradient, rtol=1e-5, atol=1e-5 * size)
 
 
+@pytest.mark.slow
 def test_no_logits_of_all_tokens_are_made(monkeypatch):
     monkeypatch.setattr(chunks, "LEAST_CHUNK", 16)
     monkeypatch.setattr(chunks, "_MOST_CHUNK", 16)
