@@ -57,7 +57,7 @@ _LEARNT = {
     REJECTION: (_LOSS,),
     DPO: (
         ("log-probabilities", "nats per answer", _of_both("log_prob")),
-        ("rewards", "beta nats", (*_of_both("reward"), ("reward_margin", "margin"))),
+        ("rewards", "beta × nats", (*_of_both("reward"), ("reward_margin", "margin"))),
         (*_TOLD_APART, (("reward_accuracy", "accuracy"),)),
     ),
 }
