@@ -50,6 +50,15 @@ def test_the_report_tells_rounds_apart():
     assert [name for name, _ in report._posttrained(recipe_of()).values()] == list(kinds)
 
 
+def test_a_stage_is_summed_up_with_what_it_drew_and_what_it_skipped():
+    figures = {"tokens": 4096, "loss": 1.234, "skipped": 2}
+    learnt = "4,096 tokens, loss 1.23 at the end, 2 records skipped"
+    assert report._summary(figures) == learnt
+    drawn = {"samples": 1440, "solved": 19, "problems": 24}
+    said = report._summary(figures | drawn)
+    assert said == f"1,440 answers, the best for 19 of 24 prompts; {learnt}"
+
+
 @pytest.mark.slow
 def test_every_round_has_samples_and_preferences_of_its_own(run, tokenizer, monkeypatch):
     def answer(model, tokenizer, problems, *, seeds, **_):
@@ -223,3 +232,6 @@ def test_a_stage_leaves_the_mean_of_its_runs_however_often_it_was_killed(
     jax.tree.map(compare, models.load(place).params, one, other)
     assert max(moved) > 1e-5
     assert not models.is_saved(place / "run-0")
+    (panel,) = report._posttraining(run(recipe))
+    shown = [one["loss"][-1] for one in panel.curve.runs]
+    assert shown == [first["loss"], second["loss"]]
