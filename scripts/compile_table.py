@@ -24,7 +24,7 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 IDS_64 = ("targets.schemes.samples.tau=0.0158",)  # at most 64 ids a token and teacher
 LONG = (*IDS_64, "corpus.sequence_length=32768")
 SHARED = (*LONG, "mesh.fsdp=64", "mesh.sequence=4")
-LONGEST = (*IDS_64, "corpus.sequence_length=131072", "mesh.fsdp=16", "mesh.sequence=16")
+LONGEST = ("corpus.sequence_length=131072", "mesh.fsdp=16", "mesh.sequence=16")
 PARTS_OF_256 = (*IDS_64, "mesh.fsdp=256")
 REPLICAS = (*PARTS_OF_256, "mesh.data=16")
 ROWS = (
@@ -41,10 +41,19 @@ ROWS = (
     ("3B, one row, attention kept", "llama3_2_3b", IDS_64, "distill", "v5e:16x16", 1, "attention"),
     ("1B, long rows", "llama3_2_1b", LONG, "distill", "v5e:16x16", 1, "full"),
     ("1B, long rows of four chips", "llama3_2_1b", SHARED, "distill", "v5e:16x16", 1, "full"),
-    ("1B, longest rows, of 16 chips", "llama3_2_1b", LONGEST, "distill", "v5e:16x16", 1, "full"),
+    (
+        "1B, longest rows, of 16 chips",
+        "llama3_2_1b",
+        (*IDS_64, *LONGEST),
+        "distill",
+        "v5e:16x16",
+        1,
+        "full",
+    ),
     ("1B, live 8B", "llama3_2_1b", ("live=8b",), "distill", "v5e:16x16", 1, "full"),
     ("1B, live 8B and 70B", "llama3_2_1b", ("live=both",), "distill", "v5e:16x16", 1, "full"),
     ("70B's targets", "llama3_2_1b", (), "targets", "v5e:16x16", 1, None),
+    ("70B's longest targets, of 16 chips", "llama3_2_1b", LONGEST, "targets", "v5e:16x16", 1, None),
     ("1B, sft", "llama3_2_1b", (), "sft", "v5e:16x16", 1, "full"),
     ("1B, on-policy", "llama3_2_1b", ("on_policy=gkd",), "on-policy", "v5e:16x16", 1, "full"),
     ("1B, dpo", "llama3_2_1b", (), "dpo", "v5e:16x16", 1, "full"),

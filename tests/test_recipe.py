@@ -223,8 +223,8 @@ def test_what_cannot_work_is_refused_before_any_work(override, message):
 
 
 def test_devices_that_share_rows_need_fewer():
-    training = ("distill.train", "posttraining.sft_train")
-    rows = [f"{name}.batch_rows=4" for name in training]
+    sharing = ("targets.write", "distill.train", "posttraining.sft_train")
+    rows = [f"{name}.batch_rows=4" for name in sharing]
     preflight.check(load_recipe(TINY, ["mesh.sequence=2", *rows]))
 
 

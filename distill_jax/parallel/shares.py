@@ -91,17 +91,21 @@ class Shares:
         return self._splits[name]
 
 
-def map_rows(function: Callable[..., Any], shares: Shares) -> Callable[..., Any]:
+def map_rows(
+    function: Callable[..., Any], shares: Shares, *, split_time: bool = False
+) -> Callable[..., Any]:
     """`function(params, *rows)` of every device's share of the parameters and its rows.
 
     Args:
       function: gives arrays with as many rows as it gets.
       shares: how the parameters lie; their tree is the first argument.
+      split_time: as in `over_rows`; what the function gives must be the same on devices that get
+        the same rows.
 
     Returns:
       A function of global arrays; it has no derivative.
     """
-    rows = PartitionSpec(shares.rows)
+    rows = PartitionSpec(row_axes(shares.mesh, split_time=split_time))
 
     def call(params: Any, *arrays: Any) -> Any:
         return _shard_map(function, shares, (shares.specs, *(rows for _ in arrays)), rows)(

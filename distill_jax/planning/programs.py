@@ -232,8 +232,10 @@ def _targets(recipe: Recipe, choice: Choice, mesh: Mesh, *, teacher: str | None)
         raise InputError(f"--teacher: {teacher!r} is none of {', '.join(shapes)}")
     shape, notes = shapes[teacher]
     config, length = recipe.targets, recipe.corpus.sequence_length
-    rows = rows_at_a_time(config.write.batch_rows, choice, mesh, "targets.write.batch_rows")
-    sharding = parallel.batch_sharding(mesh)
+    rows = rows_at_a_time(
+        config.write.batch_rows, choice, mesh, "targets.write.batch_rows", split_time=True
+    )
+    sharding = parallel.batch_sharding(mesh, split_time=True)
     asking: Any = teachers.asking_of(
         shape, config.schemes, config.temperature, config.write, sharding
     )
@@ -258,7 +260,7 @@ def _targets(recipe: Recipe, choice: Choice, mesh: Mesh, *, teacher: str | None)
             held={"parameters": params, "batch": batch},
             mesh=mesh,
             rows=rows,
-            batch=rows // parallel.row_shards(mesh),
+            batch=rows // parallel.row_shards(mesh, split_time=True),
             tokens=rows * length,
             flops=shape.flops_per_token(length) * rows * length,
             total_tokens=None if known is None else float(known) * length,

@@ -52,7 +52,7 @@ class Question:
     @property
     def shares_rows(self) -> bool:
         """Whether several devices may work on one row."""
-        return self.stage in ("distill", "sft", "on-policy")
+        return self.stage in ("targets", "distill", "sft", "on-policy")
 
     def programs(self, choice: Choice, topology: Topology) -> list[Program]:
         """What the stage runs.

@@ -184,13 +184,12 @@ def _check_rows(recipe: Recipe) -> None:
             kind = of_pairs if name in ("reward_train", "dpo_train") else runs
             kind[f"{field}.{name}"] = train
     _check_lengths(lengths, parallel.time_shards(mesh))
-    rows = {"evaluation.batch_rows": recipe.evaluation.batch_rows}
+    shared = _at_a_time(runs)
     if stored_teachers(recipe):
-        rows["targets.write.batch_rows"] = recipe.targets.write.batch_rows
-    for trained, split_time in ((runs, True), (of_pairs, False)):
-        shards = parallel.row_shards(mesh, split_time=split_time)
-        _check_divide(_at_a_time(trained), shards)
-    _check_divide(rows, parallel.row_shards(mesh))
+        shared["targets.write.batch_rows"] = recipe.targets.write.batch_rows
+    whole = {"evaluation.batch_rows": recipe.evaluation.batch_rows} | _at_a_time(of_pairs)
+    for rows, split_time in ((shared, True), (whole, False)):
+        _check_divide(rows, parallel.row_shards(mesh, split_time=split_time))
 
 
 def _at_a_time(runs: dict[str, Any]) -> dict[str, int]:

@@ -112,6 +112,6 @@ def _write_targets(
         run.corpus("train"),
         temperature=targets.temperature,
         config=targets.write,
-        sharding=parallel.batch_sharding(run.mesh),
+        sharding=parallel.batch_sharding(run.mesh, split_time=True),
         reuse=reuse,
     )

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distill_jax import data, models, parallel
+from distill_jax.models.times import Times
 from distill_jax.teachers import sampling
 from distill_jax.teachers.schemes import Scheme
 
@@ -41,8 +42,9 @@ def ask_teacher(
     """One forward pass of a teacher, and what every scheme keeps of it.
 
     Logits exist for `chunk_tokens` tokens at a time. With a `sharding` of rows every device works
-    on rows of its own and makes a layer's parameters whole when it needs them. `labels_BT` are
-    those of `labels`, `seeds`, uint32 [B, 2], those of `sampling.row_seeds`.
+    on rows of its own and makes a layer's parameters whole when it needs them; devices among which
+    it does not split rows, along `parallel.TIME_AXIS`, have a part of their times each.
+    `labels_BT` are those of `labels`, `seeds`, uint32 [B, 2], those of `sampling.row_seeds`.
 
     Returns:
       Each scheme's arrays, [B, T] or [B, T, width].
@@ -64,8 +66,9 @@ def ask_teacher(
         ask = functools.partial(ask, vocabulary=tensor)
     if hidden_states is models.hidden_states:
         shares = parallel.Shares(mesh, models.logical_axes(config), params)
-        ask = functools.partial(ask, reading=models.Reading.of(shares))
-        return parallel.map_rows(ask, shares)(params, *batch)
+        times = times_of(sharding)
+        ask = functools.partial(ask, reading=models.Reading.of(shares), times=times)
+        return parallel.map_rows(ask, shares, split_time=times is not None)(params, *batch)
     rows = P(*sharding.spec)
     return jax.shard_map(  # another forward pass reads parameters whole
         ask,
@@ -89,13 +92,17 @@ def _ask(
     chunk_tokens: int,
     hidden_states: HiddenStates,
     reading: models.Reading | None = None,
+    times: Times | None = None,
     vocabulary: str | None = None,
 ) -> tuple[dict[str, jax.Array], ...]:
     """`ask_teacher` of one device's rows."""
-    how = {} if reading is None else {"reading": reading}
+    how = {} if reading is None else {"reading": reading, "times": times}
     hidden_BTD = hidden_states(config, params, tokens_BT, segment_ids_BT, **how)
     unembedding_DV = (reading or models.Reading()).unembedding(params)
-    batch, time = tokens_BT.shape
+    positions_1T = jnp.arange(tokens_BT.shape[1])[None]
+    if times:
+        labels_BT, positions_1T = times.own((labels_BT, positions_1T))
+    batch, time = labels_BT.shape
     step = _largest_divisor(time, max(1, chunk_tokens // batch))
     if vocabulary is not None:
         # Left to the compiler, logits that are split over the vocabulary would be gathered.
@@ -117,10 +124,24 @@ def _ask(
     def chunks(values: jax.Array) -> jax.Array:
         return jnp.moveaxis(values.reshape(batch, time // step, step, *values.shape[2:]), 1, 0)
 
-    positions = jnp.arange(time).reshape(-1, step)
+    positions = positions_1T.reshape(-1, step)
     with jax.named_scope("head"):
         encoded = jax.lax.map(encode_chunk, (chunks(hidden_BTD), chunks(labels_BT), positions))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, time, *x.shape[3:]), encoded)
+
+    def rows(values: jax.Array) -> jax.Array:
+        own = jnp.moveaxis(values, 0, 1).reshape(batch, time, *values.shape[3:])
+        return times.whole(own) if times else own
+
+    return jax.tree.map(rows, encoded)
+
+
+def times_of(sharding: NamedSharding | None) -> Times | None:
+    """How devices share rows that lie so; None: each has rows of its own."""
+    if sharding is None or parallel.TIME_AXIS in parallel.names_of(sharding.spec[0]):
+        return None
+    mesh: Any = sharding.mesh
+    shards = parallel.time_shards(mesh)
+    return Times(parallel.TIME_AXIS, shards) if shards > 1 else None
 
 
 def labels(tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from distill_jax import artifacts, models, parallel, progress
 from distill_jax.artifacts import InputError
 from distill_jax.teachers import order
 from distill_jax.teachers.codec import Codec
-from distill_jax.teachers.forward import HiddenStates, ask_teacher
+from distill_jax.teachers.forward import HiddenStates, ask_teacher, times_of
 from distill_jax.teachers.manifest import Identity, teacher_fingerprint
 from distill_jax.teachers.reuse import Reuse
 from distill_jax.teachers.rows import Batch, Corpus, batches, check_row, inputs
@@ -74,7 +74,8 @@ def write_stores(
     on with the shards that are missing and ends with the same bytes. Several processes call it
     together, with the same arguments and directories that all of them see. Other processes write
     the same bytes as long as XLA rounds logits alike, which needs as many rows on each device; the
-    axis "tensor" splits sums of the teacher, and rounds otherwise than one device.
+    axis "tensor" splits sums of the teacher, and rounds otherwise than one device, as do parts of
+    a row.
 
     Args:
       directories: where each scheme's store goes.
@@ -84,7 +85,8 @@ def write_stores(
       temperature: what the teacher's logits are divided by.
       config: how the teacher is run.
       sharding: where a batch's rows go; None leaves that to JAX. Over a mesh axis "tensor" beside
-        them the vocabulary is split, and logits are never gathered.
+        them the vocabulary is split, and logits are never gathered. If it does not split rows over
+        a mesh axis "sequence", devices along that share them, each with a part of their times.
       hidden_states: the forward pass, `models.hidden_states` or one of its signature.
       reuse: for any of the names, finished stores of the same teacher, tokenizer, scheme and
         temperature. Rows that they have are copied, found by content key, and the teacher is
@@ -115,6 +117,8 @@ def write_stores(
     with parallel.together():
         share = parallel.row_share(sharding)
         _check_batch(config, share)
+        if times := times_of(sharding):
+            times.check(corpus.sequence_length)
         identities = _identities(schemes, model, corpus, temperature, config)
         reused = {name: Reuse((reuse or {}).get(name, ()), i) for name, i in identities.items()}
         counts = _count_tokens(corpus, next(iter(identities.values())))

@@ -126,7 +126,7 @@ def test_a_row_that_does_not_fit_is_shared(machine, question, monkeypatch):
     assert (shared.topology, shared.batch) == ("v5e:4x4", 1)
     assert (shared.mesh["fsdp"], shared.mesh["sequence"]) == (4, 4)
     assert (larger.topology, larger.mesh["sequence"]) == ("v5e:8x8", 1)
-    # Only what trains on next tokens can, and only where fewer rows cannot help.
+    # Only what reads tokens one by one can, and only where fewer rows cannot help.
     for stage, batch in (("dpo", 1), ("distill", 2)):
         other = dataclasses.replace(question, stage=stage)
         found = planning.would_fit(other, V5E, a_report(batch=batch, remat="full", fits=False))
@@ -203,6 +203,7 @@ def test_recommended_is_fast_then_small_and_leaves_room():
     [
         (40.0, 1000, "distill", {2, 4, 8}),  # of which 20 GB do not fit, and 10 do
         (1.0, 2**14, "on-policy", {2, 4, 8}),
+        (1.0, 2**14, "targets", {2, 4, 8}),
         (1.0, 1000, "distill", set()),
         (40.0, 1000, "dpo", set()),
     ],
@@ -210,7 +211,7 @@ def test_recommended_is_fast_then_small_and_leaves_room():
 def test_a_sweep_shares_rows_that_are_long_or_do_not_fit(
     machine, question, monkeypatch, gigabytes, tokens, stage, shared
 ):
-    monkeypatch.setattr(machine, "weights", {"full": gigabytes * 1e9})
+    monkeypatch.setattr(machine, "weights", dict.fromkeys(("none", "full"), gigabytes * 1e9))
     monkeypatch.setattr(machine, "tokens", tokens)
     asked = dataclasses.replace(question, stage=stage)
     found = planning.sweep(asked, V5E, batches=[1], remats=["full"])

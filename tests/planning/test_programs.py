@@ -285,7 +285,8 @@ def test_devices_that_share_rows_have_fewer_tokens():
     """But not in preferences, which need whole rows."""
     choice = Choice(batch=3, mesh=parallel.MeshConfig(fsdp=2, sequence=4))
     recipe = load_recipe(TINY, ["size=test", "on_policy=gkd"])
-    for stage, rows in (("distill", 6), ("sft", 6), ("on-policy", 6), ("dpo", 24)):
+    stages = ("targets", "distill", "sft", "on-policy", "dpo")
+    for stage, rows in zip(stages, (6, 6, 6, 6, 24)):
         *_, program = programs(recipe, stage, choice=choice)
         assert (program.rows, program.batch) == (rows, 3)
 

@@ -12,7 +12,7 @@ from unittest import mock
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from distill_jax import models, parallel, teachers
 from distill_jax.teachers.shards import StoreWriter
@@ -25,7 +25,7 @@ CONFIG = teachers.WriteConfig(batch_rows=8, rows_per_shard=3, chunk_tokens=96)
 MODEL = models.LlamaConfig(
     vocab_size=300, embed=16, mlp=32, layers=2, heads=4, kv_heads=2, head_dim=8, tied=True
 )
-MESHES = {"rows": (2, 2, 1), "vocabulary": (1, 1, 4)}
+MESHES = {"rows": (2, 2, 1, 1), "vocabulary": (1, 1, 1, 4), "times": (1, 1, 2, 2)}
 CORPUS = make_corpus(22)
 
 
@@ -44,7 +44,7 @@ class Slow(ListCorpus):
 def write(directory, kind="rows", corpus=CORPUS, **options):
     """Writes, or goes on writing, a store for each of `SCHEMES` with all devices of a mesh."""
     devices = np.array(jax.devices()[:4]).reshape(MESHES[kind])
-    mesh = Mesh(devices, ("data", "fsdp", "tensor"))
+    mesh = Mesh(devices, ("data", "fsdp", "sequence", "tensor"))
     shapes = models.abstract_params(MODEL)
     shardings = parallel.shardings(mesh, models.logical_axes(MODEL), shapes)
     rng = np.random.default_rng(0)
@@ -60,7 +60,7 @@ def write(directory, kind="rows", corpus=CORPUS, **options):
         models.Model(MODEL, params),
         corpus,
         config=CONFIG,
-        sharding=NamedSharding(mesh, PartitionSpec(parallel.row_axes(mesh))),
+        sharding=parallel.batch_sharding(mesh, split_time=True),
         **options,
     )
 
@@ -105,8 +105,9 @@ def main(directory, everything):
     if everything:
         result["failure"] = _fails(root / "failed")
         write(root / "failed")
-        with _watched() as result["shards of shared rows"]:
-            write(root / "vocabulary", "vocabulary")
+        for kind in ("vocabulary", "times"):
+            with _watched() as result[f"shards of shared {kind}"]:
+                write(root / kind, kind)
     (root / f"result-{jax.process_index()}.json").write_text(json.dumps(result))
     if everything:
         write(root / "killed", corpus=Slow(CORPUS.rows))

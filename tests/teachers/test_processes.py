@@ -91,14 +91,14 @@ def test_killed_processes_leave_what_one_can_finish(two, alone):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_vocabulary_split_over_processes_gives_the_same_targets(two, alone):
+@pytest.mark.parametrize("kind", ["vocabulary", "times"])
+def test_rows_that_processes_share_have_the_same_targets(two, alone, kind):
     """Both processes then hold every row, and each writes half of the shards."""
-    halves = [result["shards of shared rows"] for result in results(two, 2)]
+    halves = [result[f"shards of shared {kind}"] for result in results(two, 2)]
     assert halves == [twice(0, 2, 4, 6), twice(1, 3, 5, 7)]
     for name in several.SCHEMES:
         expected, found = (
-            teachers.open_store(directory / name)
-            for directory in (alone["directory"], two / "vocabulary")
+            teachers.open_store(directory / name) for directory in (alone["directory"], two / kind)
         )
         assert found.identity == expected.identity
         same = []
