@@ -223,7 +223,7 @@ def test_what_cannot_work_is_refused_before_any_work(override, message):
 
 
 def test_devices_that_share_rows_need_fewer():
-    sharing = ("targets.write", "distill.train", "posttraining.sft_train")
+    sharing = ("targets.write", "evaluation", "distill.train", "posttraining.sft_train")
     rows = [f"{name}.batch_rows=4" for name in sharing]
     preflight.check(load_recipe(TINY, ["mesh.sequence=2", *rows]))
 

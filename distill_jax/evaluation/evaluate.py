@@ -1,6 +1,7 @@
 """How good models are on held-out text, and how close they are to their teachers.
 
-Dimensions: B batch, T time, S time steps in a chunk, D embed, V vocab.
+Dimensions: B batch, T time, P devices that share a row, S time steps of each in a chunk, D embed,
+V vocab.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from distill_jax import data, losses, parallel, progress
 from distill_jax.artifacts import InputError
@@ -26,6 +27,7 @@ from distill_jax.models import (
     logical_axes,
     unembedding,
 )
+from distill_jax.models.times import Times
 
 CALIBRATION_BINS = 15
 """Equal-width bins of the top-1 confidence in the calibration error (Guo et al. 2017)."""
@@ -63,12 +65,12 @@ class Prediction:
     """What one model says about the next token, at each position of a chunk.
 
     Attributes:
-      log_probs_BSV: log-probabilities, float32.
-      top1_BS: the likeliest token.
+      log_probs_BPSV: log-probabilities, float32.
+      top1_BPS: the likeliest token.
     """
 
-    log_probs_BSV: Array
-    top1_BS: Array
+    log_probs_BPSV: Array
+    top1_BPS: Array
 
 
 def evaluate(
@@ -92,7 +94,8 @@ def evaluate(
       splits: rows by split: random access to records with "tokens" and "segment_ids" [T], and
         optionally "labels" and "where" [T] in place of those of next-token prediction.
       config: sizes of the work.
-      mesh: spreads parameters and rows; None leaves the parameters where they are.
+      mesh: spreads parameters and rows, along its axis "sequence" the times of rows; None leaves
+        the parameters where they are.
 
     Returns:
       By model, a JSON object with "parameters", "non_embedding_parameters", "flops_per_token"
@@ -102,10 +105,10 @@ def evaluate(
       KL(teacher || model) in nats and how often both prefer the same token.
 
     Raises:
-      InputError: a teacher is not among the models, vocabularies differ, or a split has no row or
-        no token to predict.
+      InputError: a teacher is not among the models, vocabularies differ, a split has no row or no
+        token to predict, or its rows do not fall apart for devices that share them.
     """
-    _check(models, teachers, splits)
+    _check(models, teachers, splits, _times(mesh))
     if mesh is not None:
         models = {name: _place(model, mesh) for name, model in models.items()}
     results = _sizes_and_speeds(models, splits, config)
@@ -125,7 +128,12 @@ def evaluate(
     return results
 
 
-def _check(models: Mapping[str, Model], teachers: Sequence[str], splits: Mapping[str, Any]) -> None:
+def _check(
+    models: Mapping[str, Model],
+    teachers: Sequence[str],
+    splits: Mapping[str, Any],
+    times: Times | None,
+) -> None:
     for name in teachers:
         if name not in models:
             raise InputError(f"teacher {name!r} is not among the models: {', '.join(models)}")
@@ -138,6 +146,8 @@ def _check(models: Mapping[str, Model], teachers: Sequence[str], splits: Mapping
     for split, records in splits.items():
         if not len(records):
             raise InputError(f"split {split!r} has no rows to evaluate on")
+        if times:
+            times.check(len(records[0]["tokens"]))
 
 
 def _place(model: Model, mesh: Mesh) -> Model:
@@ -170,19 +180,29 @@ def _batches(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """All rows in order: how many, and their batch, filled up with rows that predict nothing.
 
-    With a mesh a batch is as many rows as its devices share evenly.
+    With a mesh a batch is as many rows as its devices share evenly. Labels and mask are
+    [B, P, T/P], as the times of rows lie.
     """
-    devices = 1 if mesh is None else parallel.row_shards(mesh)
+    devices = 1 if mesh is None else parallel.row_shards(mesh, split_time=True)
     full = -(-batch_rows // devices) * devices
+    times = _times(mesh)
     for start in range(0, len(records), full):
         rows = [records[i] for i in range(start, min(start + full, len(records)))]
         fields = [_with_labels(row) for row in rows]
         batch = {name: np.stack([row[name] for row in fields]) for name in fields[0]}
         missing = full - len(rows)
         batch = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in batch.items()}
+        for name in ("labels", "where"):
+            ordered = batch[name][:, times.order(batch[name].shape[1])] if times else batch[name]
+            batch[name] = ordered.reshape(full, times.shards if times else 1, -1)
         if mesh is not None:
-            batch = jax.device_put(batch, parallel.batch_sharding(mesh))
+            batch = jax.device_put(batch, parallel.batch_sharding(mesh, split_time=True))
         yield len(rows), batch
+
+
+def _times(mesh: Mesh | None) -> Times | None:
+    shards = 1 if mesh is None else parallel.time_shards(mesh)
+    return Times(parallel.TIME_AXIS, shards) if shards > 1 else None
 
 
 def _with_labels(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -206,14 +226,14 @@ def _compare_batch(
         name: forward(model.config, model.params, batch["tokens"], batch["segment_ids"], mesh)
         for name, model in models.items()
     }
-    rows, length = batch["tokens"].shape
-    steps = max(chunk_tokens // rows, 1)
+    rows, shards, length = batch["labels"].shape
+    steps = max(chunk_tokens // (rows * shards), 1)
     for start in range(0, length, steps):
-        chunk = slice(start, start + steps)
-        labels, where = batch["labels"][:, chunk], batch["where"][:, chunk]
-        taught = {name: _predict(models[name].params, hidden[name][:, chunk]) for name in teachers}
+        chunk = np.s_[:, :, start : start + steps]
+        labels, where = batch["labels"][chunk], batch["where"][chunk]
+        taught = {name: _predict(models[name].params, hidden[name][chunk]) for name in teachers}
         for name, model in models.items():
-            prediction = taught.get(name) or _predict(model.params, hidden[name][:, chunk])
+            prediction = taught.get(name) or _predict(model.params, hidden[name][chunk])
             sums = _compare(prediction, taught, labels, where)
             # Fetching waits for the chunk, so that no queue of logits fills the memory.
             yield name, jax.tree.map(lambda x: x.astype(np.float64), parallel.to_host(sums))
@@ -227,41 +247,51 @@ def forward(
     segment_ids_BT: Array,
     mesh: Mesh | None = None,
 ) -> Array:
-    """`models.hidden_states`, compiled once for each shape; on a mesh every device's rows apart."""
+    """`models.hidden_states` [B, P, T/P, D], compiled once for each shape.
+
+    On a mesh every device works on rows of its own, or on its part of the times of rows that P
+    devices share; the order is that of `Times.order`.
+    """
     run: Any = functools.partial(hidden_states, config)
+    times = _times(mesh)
     if mesh is not None and parallel.row_shards(mesh) > 1:
         shares = parallel.Shares(mesh, logical_axes(config), params)
-        run = parallel.map_rows(functools.partial(run, reading=Reading.of(shares)), shares)
-    return run(params, tokens_BT, segment_ids_BT)
+        run = functools.partial(run, reading=Reading.of(shares), times=times)
+        out = PartitionSpec(parallel.row_axes(mesh, split_time=True), times and times.axis)
+        run = parallel.map_rows(run, shares, split_time=True, out=out)
+    hidden_BTD = run(params, tokens_BT, segment_ids_BT)
+    rows, time, embed = hidden_BTD.shape
+    shards = times.shards if times else 1
+    return hidden_BTD.reshape(rows, shards, time // shards, embed)
 
 
 @jax.jit
-def _predict(params: Params, hidden_BSD: Array) -> Prediction:
+def _predict(params: Params, hidden_BPSD: Array) -> Prediction:
     logits = jnp.einsum(
-        "BSD,DV->BSV", hidden_BSD, unembedding(params), preferred_element_type=jnp.float32
+        "BPSD,DV->BPSV", hidden_BPSD, unembedding(params), preferred_element_type=jnp.float32
     )
     return Prediction(jax.nn.log_softmax(logits), jnp.argmax(logits, axis=-1))
 
 
 @jax.jit
 def _compare(
-    model: Prediction, teachers: dict[str, Prediction], labels_BS: Array, where_BS: Array
+    model: Prediction, teachers: dict[str, Prediction], labels_BPS: Array, where_BPS: Array
 ) -> Sums:
     """Sums over a chunk of one model's figures."""
-    log_probs = model.log_probs_BSV
-    cross_entropy = -jnp.take_along_axis(log_probs, labels_BS[..., None], axis=-1)[..., 0]
-    correct = (model.top1_BS == labels_BS).astype(jnp.float32)
+    log_probs = model.log_probs_BPSV
+    cross_entropy = -jnp.take_along_axis(log_probs, labels_BPS[..., None], axis=-1)[..., 0]
+    correct = (model.top1_BPS == labels_BPS).astype(jnp.float32)
     terms = {"top1_accuracy": correct}
     for name, teacher in teachers.items():
-        taught = teacher.log_probs_BSV
+        taught = teacher.log_probs_BPSV
         terms[f"kl/{name}"] = (jnp.exp(taught) * (taught - log_probs)).sum(axis=-1)
-        terms[f"agreement/{name}"] = (model.top1_BS == teacher.top1_BS).astype(jnp.float32)
+        terms[f"agreement/{name}"] = (model.top1_BPS == teacher.top1_BPS).astype(jnp.float32)
     confidence = jnp.exp(log_probs.max(axis=-1))
     bins = jnp.minimum((confidence * CALIBRATION_BINS).astype(jnp.int32), CALIBRATION_BINS - 1)
-    excess = jnp.where(where_BS, confidence - correct, 0.0)
+    excess = jnp.where(where_BPS, confidence - correct, 0.0)
     per_bin = jnp.zeros(CALIBRATION_BINS).at[bins].add(excess)
     flat = {name: term.reshape(-1) for name, term in terms.items()}
-    return losses.reduce(cross_entropy.reshape(-1), flat, where_BS.reshape(-1)), per_bin
+    return losses.reduce(cross_entropy.reshape(-1), flat, where_BPS.reshape(-1)), per_bin
 
 
 def _add(left: Sums, right: Sums) -> Sums:

@@ -51,7 +51,7 @@ def next_tokens(model: Model, tokenizer: Tokenizer, prompt: str, k: int = 5) -> 
     length = -(-len(ids) // _LENGTH_STEP) * _LENGTH_STEP
     tokens, segment_ids = np.zeros((2, 1, length), np.int32)
     tokens[0, : len(ids)], segment_ids[0, : len(ids)] = ids, 1
-    hidden_D = forward(model.config, model.params, tokens, segment_ids)[0, len(ids) - 1]
+    hidden_D = forward(model.config, model.params, tokens, segment_ids)[0, 0, len(ids) - 1]
     logits_V = jnp.matmul(hidden_D, unembedding(model.params), preferred_element_type=jnp.float32)
     probs, best = parallel.to_host(jax.lax.top_k(jax.nn.softmax(logits_V), k))
     return [

@@ -40,9 +40,9 @@ class MeshConfig:
       data: replicas of the model; each sees its own rows.
       fsdp: devices over which one replica's parameters and rows are split; -1 takes all that the
         others leave.
-      sequence: devices that share rows in training on next tokens and where targets are written,
-        each with a part of their times: for rows that are too long for one device, or too few.
-        Parameters are split over them too. In all else they have rows of their own.
+      sequence: devices that share rows in training on next tokens, where targets are written and in
+        evaluation, each with a part of their times: for rows that are too long for one device, or
+        too few. Parameters are split over them too. In all else they have rows of their own.
       tensor: devices over which heads, neurons and vocabulary are split.
       fsdp_minor: of the devices of `fsdp`, how many lie along a second axis of the mesh; a sum that
         is split over two axes of a slice in turn moves half of what it does over both at once. None

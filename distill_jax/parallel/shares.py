@@ -92,15 +92,20 @@ class Shares:
 
 
 def map_rows(
-    function: Callable[..., Any], shares: Shares, *, split_time: bool = False
+    function: Callable[..., Any],
+    shares: Shares,
+    *,
+    split_time: bool = False,
+    out: PartitionSpec | None = None,
 ) -> Callable[..., Any]:
     """`function(params, *rows)` of every device's share of the parameters and its rows.
 
     Args:
       function: gives arrays with as many rows as it gets.
       shares: how the parameters lie; their tree is the first argument.
-      split_time: as in `over_rows`; what the function gives must be the same on devices that get
-        the same rows.
+      split_time: as in `over_rows`.
+      out: how what the function gives is put together; None: as rows are, the same on devices that
+        get the same ones.
 
     Returns:
       A function of global arrays; it has no derivative.
@@ -108,9 +113,8 @@ def map_rows(
     rows = PartitionSpec(row_axes(shares.mesh, split_time=split_time))
 
     def call(params: Any, *arrays: Any) -> Any:
-        return _shard_map(function, shares, (shares.specs, *(rows for _ in arrays)), rows)(
-            params, *arrays
-        )
+        places = (shares.specs, *(rows for _ in arrays))
+        return _shard_map(function, shares, places, rows if out is None else out)(params, *arrays)
 
     return call
 

@@ -184,11 +184,10 @@ def _check_rows(recipe: Recipe) -> None:
             kind = of_pairs if name in ("reward_train", "dpo_train") else runs
             kind[f"{field}.{name}"] = train
     _check_lengths(lengths, parallel.time_shards(mesh))
-    shared = _at_a_time(runs)
+    shared = {"evaluation.batch_rows": recipe.evaluation.batch_rows} | _at_a_time(runs)
     if stored_teachers(recipe):
         shared["targets.write.batch_rows"] = recipe.targets.write.batch_rows
-    whole = {"evaluation.batch_rows": recipe.evaluation.batch_rows} | _at_a_time(of_pairs)
-    for rows, split_time in ((shared, True), (whole, False)):
+    for rows, split_time in ((shared, True), (_at_a_time(of_pairs), False)):
         _check_divide(rows, parallel.row_shards(mesh, split_time=split_time))
 
 
