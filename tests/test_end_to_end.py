@@ -148,6 +148,7 @@ def test_the_report_stands_alone_and_shows_every_model(whole):
     assert re.findall("<figcaption>(.*?)</figcaption><svg", later) == [
         "SFT: loss",
         "Rejection sampling: loss",
+        "DPO: loss",
         "DPO: log-probabilities",
         "DPO: rewards",
         "DPO: pairs in which chosen is ahead",

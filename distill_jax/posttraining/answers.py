@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jax.sharding import Sharding
+
 from distill_jax import progress
 from distill_jax.data import Tokenizer
 from distill_jax.models import Model, Sampling, generate
@@ -52,6 +54,8 @@ def answer(
     seeds: Sequence[int],
     max_new_tokens: int,
     template: str | None = None,
+    batch_rows: int = 32,
+    sharding: Sharding | None = None,
 ) -> list[Answer]:
     """One answer to each problem, all generated together.
 
@@ -63,6 +67,8 @@ def answer(
       seeds: one a problem.
       max_new_tokens: where an answer that does not end is cut off.
       template: a chat template in place of the tokenizer's own.
+      batch_rows: as in `generate`; so `sharding`.
+      sharding: see `batch_rows`.
 
     Raises:
       InputError: the template ends a turn in ordinary text.
@@ -75,6 +81,8 @@ def answer(
         sampling=sampling,
         seeds=list(seeds),
         stop_ids=ends,
+        batch_rows=batch_rows,
+        sharding=sharding,
     )
     answers = []
     for completion in completions:
@@ -95,6 +103,7 @@ def accuracy(
     max_new_tokens: int = 32,
     rows_per_batch: int = 256,
     template: str | None = None,
+    sharding: Sharding | None = None,
 ) -> dict[str, float]:
     """How well a model does a task, answering greedily.
 
@@ -106,6 +115,7 @@ def accuracy(
       max_new_tokens: where an answer that does not end is cut off.
       rows_per_batch: problems handed over at a time; as rows of `generate` end, others begin.
       template: a chat template in place of the tokenizer's own.
+      sharding: as in `generate`.
 
     Returns:
       "accuracy", the mean score; "finished", the share of answers that ended; "problems".
@@ -124,6 +134,7 @@ def accuracy(
                 seeds=[0] * len(batch),
                 max_new_tokens=max_new_tokens,
                 template=template,
+                sharding=sharding,
             )
             scores += [task.score(said.text, p) for said, p in zip(answers, batch, strict=True)]
             finished += sum(said.finished for said in answers)

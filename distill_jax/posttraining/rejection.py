@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from etils import epath
+from jax.sharding import Sharding
 
 from distill_jax import artifacts, parallel, progress
 from distill_jax.artifacts import InputError, check_choices
@@ -45,7 +46,10 @@ class RejectionConfig(PromptConfig):
       threshold: the score from which an answer may be chosen; None: any may.
       keep: what is learnt of the answers to a question: the "best", or "all" that may be chosen,
         each text once.
-      problems_per_batch: problems answered at a time, and committed to disk at a time.
+      problems_per_batch: problems answered at a time, and committed to disk at a time; times
+        `samples` it should be many times `rows_at_once`, since rows stand idle at its end.
+      rows_at_once: most answers that are written at the same time, by all devices together, which
+        bounds the memory of the cache; each device has one at least.
     """
 
     reward: str = TASK
@@ -53,6 +57,7 @@ class RejectionConfig(PromptConfig):
     threshold: float | None = 1.0
     keep: Keep = "best"
     problems_per_batch: int = 8
+    rows_at_once: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +78,7 @@ class RejectionConfig(PromptConfig):
                 f"RejectionConfig.threshold is {self.threshold}, and no log-probability is above "
                 "0; None lets the best answer be chosen"
             )
-        for name in ("samples", "problems_per_batch"):
+        for name in ("samples", "problems_per_batch", "rows_at_once"):
             if getattr(self, name) < 1:
                 raise InputError(f"RejectionConfig.{name} is {getattr(self, name)}; at least 1")
 
@@ -101,6 +106,7 @@ def sample(
     problems: Sequence[Problem],
     config: RejectionConfig,
     reward: Judge | None = None,
+    sharding: Sharding | None = None,
 ) -> list[dict[str, Any]]:
     """Draws and scores `config.samples` answers to each problem, whose prompt is read once.
 
@@ -111,6 +117,7 @@ def sample(
       problems: the questions.
       config: how answers are drawn.
       reward: what scores the answers in place of the task's program.
+      sharding: how the answers are spread over devices, see `models.generate`.
 
     Returns:
       One JSON object a problem: "task", "before", "prompt", "answer"; "samples", each with "text",
@@ -134,6 +141,8 @@ def sample(
         seeds=seeds,
         max_new_tokens=config.max_new_tokens,
         template=config.template,
+        batch_rows=config.rows_at_once,
+        sharding=sharding,
     )
     texts = [said.text for said in answers]
     scores = judge(config.reward, reward or by_program(task.scorer), repeated, texts)
@@ -218,6 +227,7 @@ def write_samples(
     problems: Sequence[Problem],
     config: RejectionConfig,
     reward: Judge | None = None,
+    sharding: Sharding | None = None,
 ) -> dict[str, float]:
     """`sample` over all problems, into `directory`/samples.jsonl; returns its figures.
 
@@ -250,7 +260,9 @@ def write_samples(
 
     missing = parallel.on_main(begin, what="the first sample")
     todo = [(parts[index], batches[index]) for index in missing]
-    draw = functools.partial(sample, model, tokenizer, task, config=config, reward=reward)
+    draw = functools.partial(
+        sample, model, tokenizer, task, config=config, reward=reward, sharding=sharding
+    )
     _write_parts(todo, draw, task.name, len(problems))
     parallel.on_main(end, what="the last sample")
     return _figures(read_samples(place))

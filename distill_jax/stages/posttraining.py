@@ -205,7 +205,14 @@ def _rejection(
     judge = _judge(run, config, place)
     task = records.FILES if config.task is None else records.task_of(config)
     figures: dict[str, Any] = used | posttraining.write_samples(
-        place / "samples", model, run.tokenizer, task, problems, config.rejection, judge
+        place / "samples",
+        model,
+        run.tokenizer,
+        task,
+        problems,
+        config.rejection,
+        judge,
+        parallel.batch_sharding(run.mesh),
     )
     drawn = posttraining.read_samples(place / "samples")
     examples = posttraining.chosen_examples(run.tokenizer, drawn, config.rejection.template)

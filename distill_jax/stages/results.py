@@ -70,6 +70,7 @@ def _evaluate(run: Run, place: epath.Path) -> dict[str, Any]:
                 task,
                 max_new_tokens=config.rejection.max_new_tokens,
                 template=config.rejection.template,
+                sharding=parallel.batch_sharding(run.mesh),
             )
             figures[name] |= {f"task_{key}": value for key, value in found.items()}
     shown = [context.teacher(next(iter(recipe.teachers))), PRUNE, context.student(recipe.seeds[0])]

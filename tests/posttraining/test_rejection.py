@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import pathlib
 import signal
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from distill_jax import models
+from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
 from distill_jax.models import decoding
 from distill_jax.posttraining import (
@@ -107,6 +108,32 @@ def test_samples_are_what_the_model_draws_for_their_seed(tokenizer, random_model
     assert one["score"] == score(one["text"], problem)
     kept, chosen, rejected = choose(record["samples"], 0.5)
     assert (record["kept"], record["chosen"], record["rejected"]) == (kept[:1], chosen, rejected)
+
+
+@pytest.mark.slow
+def test_eight_devices_share_the_answers_and_draw_those_of_one(
+    tokenizer, random_model, split, monkeypatch
+):
+    model, mesh = random_model(tokenizer.vocab_size), parallel.make_mesh()
+    spread, extend = [], decoding.extend
+
+    def watched(setup, weights, rows, *arguments):
+        key = rows.caches[0][0].key_RKCS
+        spread.append((key.shape[0], key.sharding.shard_shape(key.shape)[0]))
+        return extend(setup, weights, rows, *arguments)
+
+    config = dataclasses.replace(CONFIG, rows_at_once=16)
+    draw = functools.partial(rejection.sample, tokenizer=tokenizer, task=TASK, config=config)
+    alone = draw(model, problems=PROBLEMS[:4])
+    monkeypatch.setattr(decoding, "extend", watched)
+    rows = parallel.batch_sharding(mesh)
+    together = draw(split(model, mesh), problems=PROBLEMS[:4], sharding=rows)
+    assert set(spread) == {(16, 2)}
+    for expected, found in zip(alone, together, strict=True):
+        for one, other in zip(expected.pop("samples"), found.pop("samples"), strict=True):
+            assert other.pop("log_prob") == pytest.approx(one.pop("log_prob"), rel=1e-5)
+            assert other == one
+        assert found == expected
 
 
 @pytest.mark.slow

@@ -198,7 +198,8 @@ def test_questions_of_a_file_are_judged_by_a_function_of_ones_own(
         "    return [-abs(float(said) - float(right)) for said, right in pairs]\n"
     )
 
-    def answer(model, tokenizer, problems, *, seeds, **_):
+    def answer(model, tokenizer, problems, *, seeds, sharding, **_):
+        assert sharding == parallel.batch_sharding(parallel.make_mesh())
         drawn = [str(seed % 10) for seed in seeds]
         return [answers.Answer(text, tokenizer.encode(text), -1.0, True) for text in drawn]
 
@@ -267,7 +268,8 @@ def test_a_reward_model_learns_from_a_file_and_judges_samples(
     ]
     pairs.write_text("\n".join(map(json.dumps, records)))
 
-    def answer(model, tokenizer, problems, *, seeds, **_):
+    def answer(model, tokenizer, problems, *, seeds, sharding, **_):
+        assert sharding == parallel.batch_sharding(parallel.make_mesh())
         texts = ["wrong, I think", "right", "wrong, I think"] * len(problems)
         return [answers.Answer(text, tokenizer.encode(text), -1.0, True) for text in texts][
             : len(problems)

@@ -127,6 +127,21 @@ def stopped(directory, **options):
     return None
 
 
+def texts(mesh=FSDP):
+    """What a model of random parameters writes, of whose rows each device has its own."""
+    mesh = parallel.make_mesh(mesh)
+    completions = models.generate(
+        random_model(CONFIG, mesh),
+        [[1, 2, 3]] * 5 + [[4, 5]] * 7,
+        max_new_tokens=6,
+        sampling=models.Sampling(),
+        seeds=range(12),
+        batch_rows=8,
+        sharding=parallel.batch_sharding(mesh),
+    )
+    return [completion.tokens for completion in completions]
+
+
 def digest(model):
     """Stands for all bits of a model."""
     whole = NamedSharding(parallel.make_mesh(), PartitionSpec())
@@ -143,7 +158,7 @@ def begin(root, second):
     run(root / "model-two", mesh=SHARED)
     run(root / "live-two", mesh=SHARES)
     step = stopped(root / "cycle", disturbed=(4, told) if second else None)
-    return {"digest": whole, "stopped": step}
+    return {"digest": whole, "stopped": step, "texts": texts()}
 
 
 def end(root, second):

@@ -95,6 +95,11 @@ def test_any_number_of_devices_and_processes_goes_on_with_the_same_losses(cycled
         assert_same_losses(place / name, place / expected)
 
 
+def test_two_processes_write_what_one_writes(cycled):
+    _, _, (first, second, *_) = cycled
+    assert first["texts"] == second["texts"] == several.texts()
+
+
 def test_as_many_processes_end_with_the_same_bits(cycled):
     place, _, said = cycled
     assert len({one["digest"] for one in said}) == 1
