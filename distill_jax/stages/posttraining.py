@@ -200,13 +200,13 @@ def _reward_model(
 def _rejection(
     run: Run, config: PostTrainingConfig, start: str, place: epath.Path
 ) -> dict[str, Any]:
-    model = run.load(start)
+    train = _given(config.rejection_train)
     problems, used = records.problems(run, config, config.rejection, config.longest_answer, place)
     judge = _judge(run, config, place)
     task = records.FILES if config.task is None else records.task_of(config)
     figures: dict[str, Any] = used | posttraining.write_samples(
         place / "samples",
-        model,
+        run.load(start, train.compute_dtype),
         run.tokenizer,
         task,
         problems,
@@ -222,7 +222,7 @@ def _rejection(
             "before, draw more samples, or lower posttraining.rejection.threshold"
         )
     rows = records.fine_tuning_rows(run, config, examples)
-    train = _given(config.rejection_train)
+    model = run.load(start)
     loss_fn = _sft_loss(config, model.config, run.mesh, train)
     return figures | _train(run, place, model, loss_fn, rows, train, averaged=config.averaged)
 
