@@ -39,6 +39,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def search(options: argparse.Namespace) -> dict[str, Any]:
     """Looks for the shape to prune to, and shows what it found."""
+    from distill_jax.evaluation import search_picture  # late: Matplotlib costs most of a second
+
     parallel.keep_compiled()
     recipe, directory = _recipe_and_directory(options)
     by_parameters = options.parameters is not None
@@ -55,7 +57,7 @@ def search(options: argparse.Namespace) -> dict[str, Any]:
     if not options.json:
         rich.console.Console().print(evaluation.search_table(found))
     picture = directory / "search" / f"{config.cost}.png"
-    evaluation.plot_search(found, config.cost, picture)
+    search_picture.plot_search(found, config.cost, picture)
     print(f"picture: {picture}", file=sys.stderr)
     front = [candidate.to_json() for candidate in pruning.pareto(found)]
     return {"directory": str(directory), "front": front, "shapes": len(found)}

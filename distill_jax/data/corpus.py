@@ -20,7 +20,7 @@ from etils import epath
 
 from distill_jax import artifacts, progress
 from distill_jax.artifacts import InputError
-from distill_jax.data import dataset, packing, texts
+from distill_jax.data import packing, texts
 from distill_jax.data.tokenizer import Tokenizer
 
 TRAIN, HELD_OUT, OUT_OF_DOMAIN = SPLITS = ("train", "held_out", "out_of_domain")
@@ -135,6 +135,8 @@ class Corpus:
     """
 
     def __init__(self, directory: epath.Path, manifest: Mapping[str, Any], split: str):
+        from distill_jax.data import dataset  # late: TFDS costs a third of a second
+
         self._directory = directory
         self.split = split
         self.fingerprint: str = manifest["splits"][split]["fingerprint"]
@@ -288,6 +290,8 @@ def _write_here(
     config: CorpusConfig, tokenizer: Tokenizer, place: epath.Path
 ) -> dict[str, dict[str, Any]]:
     """In this process alone."""
+    from distill_jax.data import dataset  # late, as in `Corpus`
+
     counts = check_counts(config, collections.Counter(split for split, _ in passages(config)))
     tallies = {split: Tally(split) for split in counts}
     with progress.bar("corpus", sum(counts.values()), unit="passages") as bar:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
-import tensorflow_datasets as tfds
 from etils import epath
 
 from distill_jax import artifacts
@@ -196,6 +195,8 @@ def _read_parquet(path: epath.Path, span: Span, rejects: Rejects) -> Placed:
 
 
 def _open_tfds(path: epath.Path, split: str) -> Any:
+    import tensorflow_datasets as tfds  # late: it costs a third of a second
+
     try:
         return tfds.builder_from_directory(path).as_data_source(split=split)
     except (ValueError, KeyError, NotImplementedError) as error:

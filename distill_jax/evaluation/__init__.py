@@ -1,6 +1,7 @@
 """How good the models are, and the page that shows it.
 
-`lm_eval_adapter` is not imported here: it needs the `eval` extra.
+`lm_eval_adapter` is not imported here: it needs the `eval` extra. Nor is `search_picture`:
+Matplotlib costs most of a second, which most commands need not wait.
 """
 
 from distill_jax.evaluation.evaluate import EvaluationConfig, evaluate
@@ -18,7 +19,7 @@ from distill_jax.evaluation.report import (
     read_curve,
     write_report,
 )
-from distill_jax.evaluation.search import plot_search, search_table
+from distill_jax.evaluation.search import search_table
 from distill_jax.evaluation.speed import SpeedConfig, measure_speed
 
 __all__ = [
@@ -37,7 +38,6 @@ __all__ = [
     "evaluate",
     "measure_speed",
     "next_tokens",
-    "plot_search",
     "read_curve",
     "search_table",
     "write_report",

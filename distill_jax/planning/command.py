@@ -125,9 +125,11 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def _draw(reports: Sequence[Report], directory: epath.Path) -> None:
+    from distill_jax.planning import picture  # late: Matplotlib costs most of a second
+
     first = reports[0]
     name = f"{first.program}-{first.topology}".replace(" ", "-").replace(":", "-")
     place = directory / "compile" / f"{name}.png"
     place.parent.mkdir(parents=True, exist_ok=True)
-    show.plot_memory(reports, place)
+    picture.plot_memory(reports, place)
     print(f"picture: {place}", file=sys.stderr)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
@@ -36,11 +35,13 @@ _PROGRESS = ".progress"
 _PLAN = "plan.json"
 # The codec leaves nothing to compress. One record per group, because training reads at random.
 _ARRAY_RECORD_OPTIONS = "group_size:1,uncompressed"
-_FORMAT = tfds.core.FileFormat.ARRAY_RECORD
+_FORMAT = "array_record"
 
 
-def features() -> tfds.features.FeaturesDict:
-    """What TFDS sees in a record."""
+def features() -> Any:
+    """What TFDS sees in a record, a `FeaturesDict`."""
+    import tensorflow_datasets as tfds  # late: it costs a third of a second
+
     return tfds.features.FeaturesDict(
         {
             "row_id": np.int64,
@@ -52,8 +53,7 @@ def features() -> tfds.features.FeaturesDict:
 
 def shard_name(identity: Identity, shard: int) -> str:
     """The file name that TFDS expects."""
-    suffix = _FORMAT.file_suffix
-    return f"{DATASET}-{SPLIT}.{suffix}-{shard:05d}-of-{identity.shards:05d}"
+    return f"{DATASET}-{SPLIT}.{_FORMAT}-{shard:05d}-of-{identity.shards:05d}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,6 +175,8 @@ class StoreWriter:
 
     def _metadata(self) -> dict[str, bytes]:
         """features.json and dataset_info.json, from which TFDS reads the directory."""
+        import tensorflow_datasets as tfds  # late: it costs a third of a second
+
         names = [shard_name(self.identity, shard) for shard in range(self.identity.shards)]
         split = tfds.core.SplitInfo(
             name=SPLIT,
@@ -184,7 +186,7 @@ class StoreWriter:
                 data_dir=self.directory,
                 dataset_name=DATASET,
                 split=SPLIT,
-                filetype_suffix=_FORMAT.file_suffix,
+                filetype_suffix=_FORMAT,
             ),
         )
         dataset = tfds.core.dataset_info.DatasetIdentity(
@@ -216,6 +218,8 @@ def read_keys(directory: epath.Path) -> np.ndarray:
 
 
 def _write_array_record(path: epath.Path, records: list[Record]) -> None:
+    import tensorflow_datasets as tfds  # late: it costs a third of a second
+
     serializer = tfds.core.example_serializer.ExampleSerializer(features().get_serialized_info())
     writer = array_record_module.ArrayRecordWriter(str(path), _ARRAY_RECORD_OPTIONS)
     with _disk_errors(), contextlib.closing(writer):

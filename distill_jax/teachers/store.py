@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-import tensorflow_datasets as tfds
 from etils import epath
 
 from distill_jax import artifacts, losses
@@ -44,6 +43,8 @@ class Store:
           InputError: the store is not finished, or a file is missing or damaged; damage of a
             shard shows when its records are read.
         """
+        import tensorflow_datasets as tfds  # late: it costs a third of a second
+
         self.directory = epath.Path(directory)
         self.manifest: Manifest = read_manifest(directory)
         self._files = LocalFiles(self.directory, self.manifest)

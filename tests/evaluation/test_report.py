@@ -356,9 +356,7 @@ def test_inconsistent_reports_are_refused(report):
     ("value", "text"), [(950, "950"), (46_925_184, "46.9M"), (1.236e9, "1.24B"), (2.87e8, "287M")]
 )
 def test_counts_for_people(value, text):
-    from distill_jax.evaluation.report.plots import count_text
-
-    assert count_text(value) == text
+    assert tables.count_text(value) == text
     assert tables.duration_text(185) == "3 min 05 s"
     assert tables.size_text(48_200_000) == "48.2 MB"
     assert math.isclose(tables.bytes_per_token(example_report(1).targets[0]), 121e6 / 1_228_800)

@@ -5,6 +5,7 @@ import matplotlib.image
 import rich.console
 
 from distill_jax import evaluation, models, pruning
+from distill_jax.evaluation import search_picture
 
 
 def candidate(cost, loss, repaired=None, **sizes):
@@ -34,7 +35,7 @@ def test_the_table_stars_what_nothing_beats():
 
 
 def test_the_picture_is_a_png_with_something_on_it(tmp_path):
-    evaluation.plot_search(CANDIDATES, "parameters", tmp_path / "search.png")
+    search_picture.plot_search(CANDIDATES, "parameters", tmp_path / "search.png")
     picture = matplotlib.image.imread(tmp_path / "search.png")
     assert picture.shape[:2] == (550, 1320)
     assert picture.std() > 0.05

@@ -11,7 +11,7 @@ from distill_jax import cli, planning
 from distill_jax.artifacts import InputError
 from distill_jax.models.llama import Remat
 from distill_jax.parallel import MeshConfig, Topology
-from distill_jax.planning import compiling, show, worker
+from distill_jax.planning import compiling, picture, show, worker
 from distill_jax.planning.program import Choice
 
 from .test_compiling import TINY, Machine, a_report
@@ -79,7 +79,7 @@ def test_the_picture_is_drawn(tmp_path):
         for batch in (1, 2, 4)
         for remat in ("none", "full")
     ]
-    show.plot_memory([*reports, a_report(hbm=None, fits=False)], tmp_path / "x.png")
+    picture.plot_memory([*reports, a_report(hbm=None, fits=False)], tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from distill_jax.evaluation.report.contents import Curve, Cut, Panel
 from distill_jax.evaluation.report.svg import COLOUR, new_figure, style, to_svg
+from distill_jax.evaluation.report.tables import count_text
 
 BUCKETS = 48
 """Columns of the neurons' heat map, and bars of the channels' plot."""
@@ -285,15 +286,3 @@ def smooth(values: np.ndarray) -> np.ndarray:
     first = np.maximum(position - radius, 0)
     last = np.minimum(position + radius, len(values) - 1) + 1
     return (total[last] - total[first]) / (last - first)
-
-
-def count_text(value: float) -> str:
-    """A count for people: 950, 12.5k, 134.5M, 1.2B."""
-    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return (
-                f"{value / size:.3g}{suffix}"
-                if value < 100 * size
-                else f"{value / size:.0f}{suffix}"
-            )
-    return f"{value:.0f}"

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from distill_jax.evaluation.report.contents import Report, Row, StoredTargets
-from distill_jax.evaluation.report.plots import count_text
 from distill_jax.evaluation.report.statistics import Estimate, estimate, paired_difference
 
 
@@ -297,6 +296,18 @@ def bytes_per_token(store: StoredTargets) -> float:
 def times_smaller(store: StoredTargets) -> float:
     """How many times less than whole distributions in two bytes an entry."""
     return 2 * store.vocab_size / bytes_per_token(store)
+
+
+def count_text(value: float) -> str:
+    """A count for people: 950, 12.5k, 134.5M, 1.2B."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return (
+                f"{value / size:.3g}{suffix}"
+                if value < 100 * size
+                else f"{value / size:.0f}{suffix}"
+            )
+    return f"{value:.0f}"
 
 
 def size_text(size: float) -> str:

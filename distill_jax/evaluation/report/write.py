@@ -11,7 +11,7 @@ from etils import epath
 from markupsafe import Markup
 
 from distill_jax import artifacts
-from distill_jax.evaluation.report import plots, tables
+from distill_jax.evaluation.report import tables
 from distill_jax.evaluation.report.contents import Answer, Report
 from distill_jax.evaluation.report.statistics import Estimate, estimate
 
@@ -65,7 +65,7 @@ def render(report: Report) -> str:
         "nats": tables.nats,
         "signed": lambda value: f"{value:+.3f}".replace("-", "−"),
         "percent": tables.percent,
-        "count": plots.count_text,
+        "count": tables.count_text,
         "size": tables.size_text,
         "duration": tables.duration_text,
         "visible": visible,
@@ -76,6 +76,8 @@ def render(report: Report) -> str:
 
 
 def _context(report: Report) -> dict[str, Any]:
+    from distill_jax.evaluation.report import plots  # late: Matplotlib costs most of a second
+
     quality = [(split, tables.quality_table(report, split)) for split in report.splits]
     panels = [
         (title, plots.curve_plot(report.curves, metric, f"curve{i}"))
@@ -120,7 +122,7 @@ def headline(report: Report) -> tuple[str, str]:
         speed = f" and {ratio:.1f}× faster" if ratio >= 1 else f" and {1 / ratio:.1f}× slower"
     start, end, goal = _perplexities(report)
     return (
-        f"{report.teacher} became a student of {plots.count_text(after)} parameters, "
+        f"{report.teacher} became a student of {tables.count_text(after)} parameters, "
         f"{before / after:.1f}× smaller{speed}.",
         f"Its {hyphenated(report.splits[0])} perplexity is {tables.rate(end)}, "
         f"{'down' if end < start else 'up'} from {tables.rate(start)} right after the cut; "
@@ -158,8 +160,8 @@ def _figure(report: Report, row: str, *path: str) -> Estimate | None:
 def _tiles(report: Report) -> list[Tile]:
     split = report.splits[0]
     before, after = _parameters(report)
-    detail = f"{100 * after / before:.0f}% of the teacher's {plots.count_text(before)}"
-    tiles = [Tile("Parameters", plots.count_text(after), detail)]
+    detail = f"{100 * after / before:.0f}% of the teacher's {tables.count_text(before)}"
+    tiles = [Tile("Parameters", tables.count_text(after), detail)]
     if speeds := _speeds(report):
         detail = " → ".join(map(tables.rate, speeds)) + " tokens/s"
         tiles.append(Tile("Generation", f"{speeds[1] / speeds[0]:.1f}×", detail))
