@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import gguf
 import tokenizers
 from etils import epath
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -114,10 +113,7 @@ def _from_gguf(path: epath.Path) -> Tokenizer:
 
 def _gguf_metadata(path: epath.Path) -> Callable[..., Any]:
     """A function of a field's name, and of what to return where the file lacks it."""
-    try:
-        reader = gguf.GGUFReader(os.fspath(path))
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise InputError(f"{path}: not a readable GGUF file ({error})") from error
+    reader = artifacts.open_gguf(path)
 
     def field(name: str, *default: Any) -> Any:
         found = reader.get_field(name)

@@ -30,7 +30,7 @@ def load_gguf(
       InputError: the file is damaged or no plain Llama; a tensor is missing, extra, misshapen or
         of a type that cannot be dequantised.
     """
-    reader = _open(path)
+    reader = artifacts.open_gguf(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(reader, tensors, str(path))
     tensors.pop(_ROPE_FACTORS, None)
@@ -53,16 +53,8 @@ def load_gguf_config(path: str | os.PathLike[str]) -> LlamaConfig:
     Raises:
       InputError: the file is damaged or no plain Llama.
     """
-    reader = _open(path)
+    reader = artifacts.open_gguf(path)
     return _config(reader, {tensor.name: tensor for tensor in reader.tensors}, str(path))
-
-
-def _open(path: str | os.PathLike[str]) -> gguf.GGUFReader:
-    place = artifacts.resolve(path)
-    try:
-        return gguf.GGUFReader(place)
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise InputError(f"{path}: not a GGUF file ({error})") from error
 
 
 def _dequantise(tensor: gguf.ReaderTensor, where: str) -> np.ndarray:

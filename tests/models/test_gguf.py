@@ -177,12 +177,12 @@ def test_other_architectures_and_scalings_are_refused(tmp_path):
 def test_a_damaged_file_is_refused(tmp_path, size):
     path = write(tmp_path / "model.gguf", tensors())
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(InputError, match="not a GGUF file"):
+    with pytest.raises(InputError, match="not a readable GGUF file"):
         models.load(path)
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     path = tmp_path / "weights.bin"
     path.write_bytes(b"\x80\x04 a pickle, for example, of some length")
-    with pytest.raises(InputError, match="not a GGUF file"):
+    with pytest.raises(InputError, match="not a readable GGUF file"):
         models.load(path)
