@@ -144,6 +144,7 @@ def is_tfds(place: epath.Path) -> bool:
 def _read_json_lines(path: epath.Path, span: Span, rejects: Rejects) -> Placed:
     start, stop = span
     inside = f" after byte {start}" if start else ""
+    name = str(path)  # once: it takes longer than a line does
     with path.open("rb") as file:
         position = 0
         if start:  # the line that reaches to or over the start is the stretch's before
@@ -153,7 +154,7 @@ def _read_json_lines(path: epath.Path, span: Span, rejects: Rejects) -> Placed:
             if position >= stop:
                 return
             position += len(line)
-            place = f"{path}: line {number}{inside}"
+            place = f"{name}: line {number}{inside}"
             if line.strip():
                 with rejects.at(place):
                     yield place, _mapping(_parse(line))
@@ -185,13 +186,14 @@ def _parquet(path: epath.Path, file: Any) -> Iterator[Any]:
 
 def _read_parquet(path: epath.Path, span: Span, rejects: Rejects) -> Placed:
     del rejects  # a table has no broken rows
+    name = str(path)
     with path.open("rb") as file, _parquet(path, file) as table:
         start, stop = span[0], min(span[1], table.num_row_groups)
         before = sum(table.metadata.row_group(group).num_rows for group in range(start))
         number = itertools.count(before + 1)
         for batch in table.iter_batches(batch_size=1024, row_groups=range(start, stop)):
             for record in batch.to_pylist():
-                yield f"{path}: row {next(number)}", record
+                yield f"{name}: row {next(number)}", record
 
 
 def _open_tfds(path: epath.Path, split: str) -> Any:
