@@ -21,7 +21,11 @@ def test_a_student_learns_what_it_is_given():
     run = subprocess.run(
         [*command, "dense", "top_k_alone"],
         env=os.environ
-        | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+        | {
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "without_torch"))),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
+        },
         capture_output=True,
         text=True,
     )
