@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 
-from distill_jax import cli, data, models, posttraining, pruning, teachers
+from distill_jax import cli, data, models, parallel, posttraining, pruning, teachers
 from distill_jax.recipe import load_recipe
 from distill_jax.stages import students
 from distill_jax.stages.context import Run
@@ -71,7 +72,9 @@ def test_killed_or_told_to_stop_it_ends_with_the_same_bits(kill_run, whole, tmp_
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "adaptive_kl"])
-def test_any_divergence_trains_by_one_line(whole, divergence):
+def test_any_divergence_trains_by_one_line(whole, divergence, monkeypatch):
+    # One device, as the run had: here it is the line that is looked at.
+    monkeypatch.setattr(Run, "mesh", parallel.make_mesh(devices=jax.devices()[:1]))
     overrides = ("size=test", f"divergence={divergence}", "distill.train.steps=24")
     run = Run(load_recipe(CONFIG, overrides), epath.Path(whole))
     place = run.directory / "trials" / divergence
