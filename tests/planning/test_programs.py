@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from drawn import drawn_params
 from jax.sharding import PartitionSpec
 from teachers import known
 
@@ -119,7 +120,7 @@ def test_the_step_that_is_lowered_is_the_one_that_trains(tmp_path):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jitted.rows), batch
     )
     text = jitted.function.lower(jitted.state, like).as_text()
-    model = models.Model(small, models.init_params(small, jax.random.key(0)))
+    model = models.Model(small, jax.device_put(drawn_params(small)))
     seen = {}
 
     def spied(params, batch, step):
@@ -142,7 +143,7 @@ def test_post_training_is_called_with_what_its_rows_hold(recipe):
     assert described(program.held["batch"]) == described(jax.device_put(made))
 
     config = recipe.posttraining.dpo
-    model = models.Model(TEACHER, models.init_params(TEACHER, jax.random.key(0)))
+    model = models.Model(TEACHER, jax.device_put(drawn_params(TEACHER)))
     pairs = posttraining.pair_rows([posttraining.Pair([1, 2], [3], [4, 5])], config)
     rows = posttraining.with_reference(model, pairs, config, pairs_per_batch=1)
     (program,) = programs(recipe, "dpo", choice=Choice(batch=2))
@@ -229,7 +230,7 @@ def test_the_steps_of_a_repair_that_are_planned_are_those_that_run(recipe, monke
     for program in planned[2:]:
         program.lower()
     devices = planned[0].mesh
-    params = models.init_params(wide, jax.random.key(0))
+    params = drawn_params(wide)
     places = parallel.shardings(devices, models.logical_axes(wide), params)
     length = small.corpus.sequence_length
     tokens = np.random.default_rng(0).integers(0, 64, (2, 8, length), dtype=np.int32)

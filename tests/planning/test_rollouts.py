@@ -6,6 +6,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from drawn import drawn_params
 
 from distill_jax import models, parallel
 from distill_jax.artifacts import InputError
@@ -111,14 +112,14 @@ def test_the_programs_that_are_planned_are_those_that_run(monkeypatch):
     random = np.random.default_rng(0)
     prompts = random.integers(3, 64, (8, 20)).tolist()
     text = [{"tokens": np.full(128, 5, np.int32), "segment_ids": np.ones(128, np.int32)}]
-    teacher = models.Model(small, models.init_params(small, jax.random.key(1)))
+    teacher = models.Model(small, jax.device_put(drawn_params(small, 1)))
     monkeypatch.setattr(running, "stop_ids", lambda *_: (1, 2))
     tokenizer = types.SimpleNamespace(pad_id=0)
     batches = Rollouts(
         small, teacher, tokenizer, config, train, prompts,
         conversations=[Example([4, 2], [False, True])], text=text * 8, mesh=mesh,
     )  # fmt: skip
-    params = models.init_params(small, jax.random.key(0))
+    params = drawn_params(small)
     places = parallel.shardings(mesh, models.logical_axes(small), params)
     batches.draw(jax.device_put(params, places), 1)
     for name, spy in spies.items():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn_params
 from jax.extend.core import jaxprs_in_params
 
 from distill_jax import losses, models, parallel
@@ -42,7 +43,7 @@ def step(config, mesh, rows=None, **options):
 
 
 def placed(config, mesh):
-    params = models.init_params(config, jax.random.key(0))
+    params = drawn_params(config)
     if mesh is None:
         return params
     return jax.device_put(params, parallel.shardings(mesh, models.logical_axes(config), params))

@@ -1,7 +1,6 @@
 """Teachers that read every batch beside the student, inside of the step."""
 
 import dataclasses
-import functools
 import re
 
 import chex
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn_params
 
 from distill_jax import losses, models, parallel
 from distill_jax.artifacts import InputError
@@ -45,10 +45,9 @@ MESHES = (
 )
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def params(config, seed):
     """Larger than at a start, so that models have opinions."""
-    return jax.tree.map(lambda x: 4 * x, models.init_params(config, jax.random.key(seed)))
+    return jax.tree.map(lambda x: 4 * x, drawn_params(config, seed))
 
 
 def teachers():
@@ -161,9 +160,10 @@ def test_the_step_consumes_its_state_and_no_teacher():
 @pytest.mark.slow
 def test_training_takes_teachers_wherever_they_are_and_leaves_them_so(tmp_path):
     mesh = parallel.make_mesh(parallel.MeshConfig(), jax.devices()[:2])
-    whole = {name: models.Model(SHAPES[name], tree) for name, tree in teachers().items()}
+    on_one = jax.device_put(teachers())  # from where a step could take them away
+    whole = {name: models.Model(SHAPES[name], tree) for name, tree in on_one.items()}
     train(
-        models.Model(STUDENT, params(STUDENT, 0)),
+        models.Model(STUDENT, jax.device_put(params(STUDENT, 0))),
         language_model_loss(STUDENT, OBJECTIVE, live=SHAPES, mesh=mesh),
         iter([batch()]),
         TrainConfig(steps=1, batch_rows=ROWS),

@@ -10,6 +10,7 @@ import grain
 import jax
 import numpy as np
 import pytest
+from drawn import drawn_params
 from etils import epath
 
 from distill_jax import losses, models, parallel
@@ -88,7 +89,7 @@ class Told(Dying):
 
 
 def run(directory, iterator=None, config=TRAIN, mesh=None, shape=CONFIG):
-    model = models.Model(shape, models.init_params(shape, jax.random.key(0)))
+    model = models.Model(shape, jax.device_put(drawn_params(shape)))
     objective = losses.weighted_sum(hard=(1.0, losses.hard_labels()))
     loss_fn = language_model_loss(shape, objective, mesh=mesh)
     iterator = iterator or batches()
@@ -97,7 +98,7 @@ def run(directory, iterator=None, config=TRAIN, mesh=None, shape=CONFIG):
 
 @pytest.fixture(scope="module")
 def model():
-    return models.Model(CONFIG, models.init_params(CONFIG, jax.random.key(0)))
+    return models.Model(CONFIG, jax.device_put(drawn_params(CONFIG)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +191,7 @@ def test_one_device_and_eight_agree(tmp_path, vocabulary, sizes):
 
 
 def test_the_head_is_split_over_a_mesh():
-    params = models.init_params(CONFIG, jax.random.key(0))
+    params = drawn_params(CONFIG)
     batch = next(batches())
 
     def traced(mesh):
