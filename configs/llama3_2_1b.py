@@ -66,7 +66,9 @@ def get_config(
             template=LLAMA3,
         ),
         on_policy_train=None if on_policy == "none" else _train(200, 1e-5, batch_rows=ROWS),
-        rejection=RejectionConfig(samples=30, template=LLAMA3),
+        rejection=RejectionConfig(
+            samples=30, problems_per_batch=64, rows_at_once=512, template=LLAMA3
+        ),
         rejection_train=_train(200, 1e-5, batch_rows=ROWS),
         dpo=DpoConfig(),
         dpo_train=_train(100, 1e-5, batch_rows=ROWS),

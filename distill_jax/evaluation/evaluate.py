@@ -38,7 +38,8 @@ class EvaluationConfig:
     """How models are evaluated; no choice here changes a figure but the measured speeds.
 
     Attributes:
-      batch_rows: rows in a forward pass.
+      batch_rows: rows in a forward pass, also where a prune or a search reads them; more, if that
+        is not a multiple of the devices that share them.
       chunk_tokens: tokens whose logits exist at one time, for every teacher and one model.
       speed: how tokens/s are measured; None leaves them out.
     """
@@ -94,8 +95,8 @@ def evaluate(
       splits: rows by split: random access to records with "tokens" and "segment_ids" [T], and
         optionally "labels" and "where" [T] in place of those of next-token prediction.
       config: sizes of the work.
-      mesh: spreads parameters and rows, along its axis "sequence" the times of rows; None leaves
-        the parameters where they are.
+      mesh: spreads parameters and rows, along its axis "sequence" the times of rows if they fall
+        apart; None leaves the parameters where they are.
 
     Returns:
       By model, a JSON object with "parameters", "non_embedding_parameters", "flops_per_token"
@@ -105,10 +106,10 @@ def evaluate(
       KL(teacher || model) in nats and how often both prefer the same token.
 
     Raises:
-      InputError: a teacher is not among the models, vocabularies differ, a split has no row or no
-        token to predict, or its rows do not fall apart for devices that share them.
+      InputError: a teacher is not among the models, vocabularies differ, or a split has no row or
+        no token to predict.
     """
-    _check(models, teachers, splits, _times(mesh))
+    _check(models, teachers, splits)
     if mesh is not None:
         models = {name: _place(model, mesh) for name, model in models.items()}
     results = _sizes_and_speeds(models, splits, config)
@@ -128,12 +129,7 @@ def evaluate(
     return results
 
 
-def _check(
-    models: Mapping[str, Model],
-    teachers: Sequence[str],
-    splits: Mapping[str, Any],
-    times: Times | None,
-) -> None:
+def _check(models: Mapping[str, Model], teachers: Sequence[str], splits: Mapping[str, Any]) -> None:
     for name in teachers:
         if name not in models:
             raise InputError(f"teacher {name!r} is not among the models: {', '.join(models)}")
@@ -146,8 +142,6 @@ def _check(
     for split, records in splits.items():
         if not len(records):
             raise InputError(f"split {split!r} has no rows to evaluate on")
-        if times:
-            times.check(len(records[0]["tokens"]))
 
 
 def _place(model: Model, mesh: Mesh) -> Model:
@@ -183,9 +177,8 @@ def _batches(
     With a mesh a batch is as many rows as its devices share evenly. Labels and mask are
     [B, P, T/P], as the times of rows lie.
     """
-    devices = 1 if mesh is None else parallel.row_shards(mesh, split_time=True)
-    full = -(-batch_rows // devices) * devices
-    times = _times(mesh)
+    times = _times(mesh, len(records[0]["tokens"]))
+    full = parallel.whole_batch(batch_rows, mesh, split_time=times is not None)
     for start in range(0, len(records), full):
         rows = [records[i] for i in range(start, min(start + full, len(records)))]
         fields = [_with_labels(row) for row in rows]
@@ -196,13 +189,15 @@ def _batches(
             ordered = batch[name][:, times.order(batch[name].shape[1])] if times else batch[name]
             batch[name] = ordered.reshape(full, times.shards if times else 1, -1)
         if mesh is not None:
-            batch = jax.device_put(batch, parallel.batch_sharding(mesh, split_time=True))
+            places = parallel.batch_sharding(mesh, split_time=times is not None)
+            batch = jax.device_put(batch, places)
         yield len(rows), batch
 
 
-def _times(mesh: Mesh | None) -> Times | None:
+def _times(mesh: Mesh | None, length: int) -> Times | None:
+    """How devices share rows of that length; None: each has rows of its own."""
     shards = 1 if mesh is None else parallel.time_shards(mesh)
-    return Times(parallel.TIME_AXIS, shards) if shards > 1 else None
+    return Times(parallel.TIME_AXIS, shards) if shards > 1 and length % (2 * shards) == 0 else None
 
 
 def _with_labels(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -253,12 +248,13 @@ def forward(
     devices share; the order is that of `Times.order`.
     """
     run: Any = functools.partial(hidden_states, config)
-    times = _times(mesh)
+    times = _times(mesh, tokens_BT.shape[1])
     if mesh is not None and parallel.row_shards(mesh) > 1:
         shares = parallel.Shares(mesh, logical_axes(config), params)
         run = functools.partial(run, reading=Reading.of(shares), times=times)
-        out = PartitionSpec(parallel.row_axes(mesh, split_time=True), times and times.axis)
-        run = parallel.map_rows(run, shares, split_time=True, out=out)
+        split_time = times is not None
+        out = PartitionSpec(parallel.row_axes(mesh, split_time=split_time), times and times.axis)
+        run = parallel.map_rows(run, shares, split_time=split_time, out=out)
     hidden_BTD = run(params, tokens_BT, segment_ids_BT)
     rows, time, embed = hidden_BTD.shape
     shards = times.shards if times else 1

@@ -124,8 +124,7 @@ def forward(
     """
     slots = jnp.arange(caches[0].key_RKCS.shape[-1])
     visible_RS = (slots >= start_R[:, None]) & (slots <= slot)
-    # Behind a barrier: once a step, where XLA would fuse sines and cosines into every layer.
-    angles = jax.lax.optimization_barrier(rotary_angles(config, (slot - start_R)[:, None]))
+    angles = rotary_angles(config, (slot - start_R)[:, None])
     x_DR = weights.embedding_VD[token_R].T
     new = []
     for layer, cache in zip(weights.layers, caches):

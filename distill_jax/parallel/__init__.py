@@ -15,6 +15,7 @@ from distill_jax.parallel.mesh import (
     row_shards,
     shardings,
     time_shards,
+    whole_batch,
 )
 from distill_jax.parallel.options import compiler_options
 from distill_jax.parallel.processes import (
@@ -88,4 +89,5 @@ __all__ = [
     "time_shards",
     "to_host",
     "together",
+    "whole_batch",
 ]

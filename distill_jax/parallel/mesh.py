@@ -41,8 +41,9 @@ class MeshConfig:
       fsdp: devices over which one replica's parameters and rows are split; -1 takes all that the
         others leave.
       sequence: devices that share rows in training on next tokens, where targets are written and in
-        evaluation, each with a part of their times: for rows that are too long for one device, or
-        too few. Parameters are split over them too. In all else they have rows of their own.
+        evaluation of rows that fall apart, each with a part of their times: for rows that are too
+        long for one device, or too few. Parameters are split over them too. In all else they have
+        rows of their own.
       tensor: devices over which heads, neurons and vocabulary are split.
       fsdp_minor: of the devices of `fsdp`, how many lie along a second axis of the mesh; a sum that
         is split over two axes of a slice in turn moves half of what it does over both at once. None
@@ -145,6 +146,12 @@ def row_axes(mesh: Mesh, *, split_time: bool = False) -> tuple[str, ...]:
 def row_shards(mesh: Mesh, *, split_time: bool = False) -> int:
     """Into how many parts a batch's rows are split; `split_time` as in `row_axes`."""
     return math.prod(mesh.shape[name] for name in row_axes(mesh, split_time=split_time))
+
+
+def whole_batch(rows: int, mesh: Mesh | None, *, split_time: bool = False) -> int:
+    """The first number of rows from `rows` on that devices share evenly; as `row_shards`."""
+    shards = 1 if mesh is None else row_shards(mesh, split_time=split_time)
+    return -(-rows // shards) * shards
 
 
 def time_shards(mesh: Mesh) -> int:

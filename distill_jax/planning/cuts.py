@@ -40,7 +40,8 @@ def prune_programs(recipe: Recipe, choice: Choice, mesh: Mesh) -> list[Program]:
       InputError: as `stage_programs`; or a target does not fit what it is cut from.
     """
     source, notes = teacher_shape(recipe, recipe.pruned_teacher)
-    rows = rows_at_a_time(recipe.evaluation.batch_rows, choice, mesh, "evaluation.batch_rows")
+    own = parallel.whole_batch(recipe.evaluation.batch_rows, mesh)
+    rows = rows_at_a_time(own, choice, mesh, "evaluation.batch_rows")
     programs: list[Program] = []
     cuts = {f"round {i} prune": one.prune for i, one in enumerate(recipe.rounds)}
     for name, config in (cuts | {"prune": recipe.prune}).items():

@@ -46,8 +46,8 @@ class RejectionConfig(PromptConfig):
       threshold: the score from which an answer may be chosen; None: any may.
       keep: what is learnt of the answers to a question: the "best", or "all" that may be chosen,
         each text once.
-      problems_per_batch: problems answered at a time, and committed to disk at a time; times
-        `samples` it should be many times `rows_at_once`, since rows stand idle at its end.
+      problems_per_batch: problems answered at a time, and committed to disk at a time. Rows stand
+        idle at its end, so times `samples` it is best several times `rows_at_once`.
       rows_at_once: most answers that are written at the same time, by all devices together, which
         bounds the memory of the cache; each device has one at least.
     """
@@ -232,8 +232,9 @@ def write_samples(
     """`sample` over all problems, into `directory`/samples.jsonl; returns its figures.
 
     Each batch of problems is committed as a file of its own, so that a later call goes on where
-    an earlier one was killed and ends with the same bytes, if the reward gives the same scores. Of
-    several processes all draw, and the first writes.
+    an earlier one was killed and ends with the same bytes, if the reward gives the same scores and
+    XLA rounds alike, which needs as many rows and devices. Of several processes all draw, and the
+    first writes.
 
     Raises:
       InputError: the directory holds samples of other problems or settings, or a score is not a
@@ -333,8 +334,10 @@ def _claim(
     config: RejectionConfig,
 ) -> None:
     """Writes down what the directory is for, or refuses one that is for something else."""
+    asked = dataclasses.asdict(config)
+    del asked["rows_at_once"]  # says how, not what
     settings = {
-        "config": dataclasses.asdict(config),
+        "config": asked,
         "task": task.name,
         "problems": artifacts.fingerprint([dataclasses.asdict(problem) for problem in problems]),
         "template": artifacts.fingerprint(chat_template(tokenizer, config.template)),

@@ -36,6 +36,7 @@ def stage(run: Run, config: PostTrainingConfig, name: str, start: str) -> Stage:
     kind = context.kind(name)
     prefix = name.removesuffix(kind)
     described = to_json(config)
+    del described["rejection"]["rows_at_once"]  # says how, not what
     parts: dict[str, tuple[str, ...]] = {
         SFT: ("averaged", "sft", "sft_train", "replay"),
         ON_POLICY: ("sft", "on_policy", "on_policy_train"),

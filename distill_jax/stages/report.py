@@ -45,8 +45,7 @@ def _of_both(figure: str) -> tuple[tuple[str, str], ...]:
 
 _LOSS = ("loss", "nats per token", (("loss", "loss"),))
 _TOLD_APART = "pairs in which chosen is ahead", "share of pairs"
-# One of the three, and what is added to it.
-_OF_PAIRS = ("dpo", "DPO"), ("robust_dpo", "robust DPO"), ("ipo", "IPO"), ("nll", "NLL of chosen")
+_OF_PAIRS = ("dpo", "DPO"), ("robust_dpo", "robust DPO"), ("ipo", "IPO")
 _TO_TEACHER = (("reverse_kl", "GKD"), ("minillm/single_step", "MiniLLM"))
 _LEARNT = {
     SFT: (_LOSS,),
@@ -58,7 +57,7 @@ _LEARNT = {
     ),
     REJECTION: (_LOSS,),
     DPO: (
-        ("loss", "per pair, NLL per token", _OF_PAIRS),
+        ("loss", "per pair", _OF_PAIRS),
         ("log-probabilities", "nats per answer", _of_both("log_prob")),
         ("rewards", "beta × nats", (*_of_both("reward"), ("reward_margin", "margin"))),
         (*_TOLD_APART, (("reward_accuracy", "accuracy"),)),

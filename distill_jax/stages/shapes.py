@@ -33,7 +33,7 @@ def search(run: Run, config: pruning.SearchConfig, *, rows: int) -> list[pruning
     pruned, corpus = run.recipe.prune, run.corpus("train")
     model = run.load(teacher)
     pruning.candidate_shapes(model.config, config)  # refuses in vain budgets before the work
-    each = run.recipe.evaluation.batch_rows
+    each = parallel.whole_batch(run.recipe.evaluation.batch_rows, run.mesh)
     batches = data.batches(corpus, batch_rows=each, seed=0, shuffle=False, epochs=1)
     calibration = list(itertools.islice(batches, -(-pruned.calibration_rows // each)))
     place = run.directory / SEARCH

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from distill_jax import data, losses, models, pipeline, pruning, teachers, training
+from distill_jax import data, losses, models, parallel, pipeline, pruning, teachers, training
 from distill_jax.artifacts import InputError
 from distill_jax.pipeline import Stage
 from distill_jax.pruning import PruneConfig
@@ -104,7 +104,7 @@ def _prune(run: Run, config: PruneConfig, source: str, place: epath.Path) -> dic
         model,
         data.batches(
             corpus,
-            batch_rows=run.recipe.evaluation.batch_rows,
+            batch_rows=parallel.whole_batch(run.recipe.evaluation.batch_rows, run.mesh),
             seed=0,
             shuffle=False,
             epochs=1,

@@ -137,11 +137,13 @@ def _ask(
 
 def times_of(sharding: NamedSharding | None) -> Times | None:
     """How devices share rows that lie so; None: each has rows of its own."""
-    if sharding is None or parallel.TIME_AXIS in parallel.names_of(sharding.spec[0]):
+    if sharding is None:
         return None
     mesh: Any = sharding.mesh
     shards = parallel.time_shards(mesh)
-    return Times(parallel.TIME_AXIS, shards) if shards > 1 else None
+    if shards == 1 or parallel.TIME_AXIS in parallel.names_of(next(iter(sharding.spec), None)):
+        return None
+    return Times(parallel.TIME_AXIS, shards)
 
 
 def labels(tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:

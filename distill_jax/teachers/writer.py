@@ -86,7 +86,8 @@ def write_stores(
       config: how the teacher is run.
       sharding: where a batch's rows go; None leaves that to JAX. Over a mesh axis "tensor" beside
         them the vocabulary is split, and logits are never gathered. If it does not split rows over
-        a mesh axis "sequence", devices along that share them, each with a part of their times.
+        a mesh axis "sequence", devices along that share them, each with a part of their times
+        (with another `hidden_states` all of them read whole rows).
       hidden_states: the forward pass, `models.hidden_states` or one of its signature.
       reuse: for any of the names, finished stores of the same teacher, tokenizer, scheme and
         temperature. Rows that they have are copied, found by content key, and the teacher is
@@ -117,7 +118,7 @@ def write_stores(
     with parallel.together():
         share = parallel.row_share(sharding)
         _check_batch(config, share)
-        if times := times_of(sharding):
+        if hidden_states is models.hidden_states and (times := times_of(sharding)):
             times.check(corpus.sequence_length)
         identities = _identities(schemes, model, corpus, temperature, config)
         reused = {name: Reuse((reuse or {}).get(name, ()), i) for name, i in identities.items()}

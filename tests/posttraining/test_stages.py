@@ -270,6 +270,7 @@ def test_a_reward_model_learns_from_a_file_and_judges_samples(
 
     def answer(model, tokenizer, problems, *, seeds, sharding, **_):
         assert sharding == parallel.batch_sharding(parallel.make_mesh())
+        assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
         texts = ["wrong, I think", "right", "wrong, I think"] * len(problems)
         return [answers.Answer(text, tokenizer.encode(text), -1.0, True) for text in texts][
             : len(problems)
@@ -290,7 +291,7 @@ def test_a_reward_model_learns_from_a_file_and_judges_samples(
         config,
         reward_train=dataclasses.replace(config.sft_train, steps=20),
         rejection=dataclasses.replace(config.rejection, reward="reward_model"),
-        rejection_train=config.sft_train,
+        rejection_train=dataclasses.replace(config.sft_train, compute_dtype="bfloat16"),
     )
     recipe = dataclasses.replace(recipe, posttraining=config)
     preflight.check(recipe)
@@ -309,6 +310,7 @@ def test_a_reward_model_learns_from_a_file_and_judges_samples(
     assert drawn < lines[0].keys()
     place, stage = made[context.REJECTION]
     stage.work(place)
+    assert models.load(place).params["final_norm"].dtype == jnp.float32
     (record,) = read_samples(place / "samples")
     assert (record["chosen"], record["rejected"]) == (1, 0)
 

@@ -46,8 +46,11 @@ def ask(params, batch, sharding, chunk_tokens):
     )
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 2, 2)])
-def test_devices_that_share_rows_say_what_one_says(shape):
+@pytest.mark.parametrize(
+    ("shape", "chunk_tokens"),
+    [((1, 4, 1), 8), ((2, 2, 2), 16)],  # half a device's times at once, and both its pieces
+)
+def test_devices_that_share_rows_say_what_one_says(shape, chunk_tokens):
     mesh = make_mesh(*shape)
     params = models.init_params(MODEL, jax.random.key(0))
     params = jax.tree.map(lambda x: 20 * x, params)  # far from uniform
@@ -55,7 +58,8 @@ def test_devices_that_share_rows_say_what_one_says(shape):
     places = parallel.shardings(mesh, models.logical_axes(MODEL), params)
     rows = parallel.batch_sharding(mesh, split_time=True)
     alone = ask(params, batch, None, 8)
-    shared = ask(jax.device_put(params, places), jax.device_put(batch, rows), rows, 8)
+    placed = jax.device_put(params, places), jax.device_put(batch, rows)
+    shared = ask(*placed, rows, chunk_tokens)
     padding = batch[1] == 0
     for scheme, expected, found in zip(SCHEMES, alone, shared, strict=True):
         assert expected.keys() == found.keys()
