@@ -74,6 +74,9 @@ def test_devices_that_share_rows_where_they_can():
     mesh = parallel.make_mesh(parallel.MeshConfig(data=2, sequence=4))
     assert (parallel.row_shards(mesh), parallel.time_shards(mesh)) == (8, 4)
     assert parallel.row_shards(mesh, split_time=True) == 2
+    assert [parallel.whole_batch(rows, mesh) for rows in (1, 8, 9)] == [8, 8, 16]
+    assert parallel.whole_batch(3, mesh, split_time=True) == 4
+    assert parallel.whole_batch(3, None) == 3
     rows = parallel.batch_sharding(mesh, split_time=True)
     assert rows.shard_shape((4, 16)) == (2, 16)
     assert parallel.batch_sharding(mesh).shard_shape((8, 16)) == (1, 16)

@@ -292,6 +292,11 @@ def test_devices_that_share_rows_have_fewer_tokens():
         assert (program.rows, program.batch) == (rows, 3)
 
 
+def test_cuts_fill_their_batches_up_as_the_stage_does(recipe):
+    few = load_recipe(TINY, ["size=test", "evaluation.batch_rows=4"])
+    assert {program.rows for program in programs(few, "prune") if program.tokens} == {8}
+
+
 def test_forward_passes_cost_a_third(recipe):
     (writing,) = programs(recipe, "targets", choice=Choice(batch=2))
     assert writing.name == "targets large"

@@ -255,8 +255,10 @@ def test_damaged_or_missing_samples_are_named(tmp_path):
 def test_accuracy_is_the_mean_score(tokenizer, monkeypatch, rows_per_batch):
     said = dict(zip(PROBLEMS, ["a", "a", "c", "c", "e"], strict=True))
 
-    def answer(model, tokenizer, problems, *, sampling, **_):
-        assert sampling.temperature == 0
+    rows = parallel.batch_sharding(parallel.make_mesh())
+
+    def answer(model, tokenizer, problems, *, sampling, sharding, **_):
+        assert (sampling.temperature, sharding) == (0, rows)
         return [answers.Answer(said[p], [1], 0.0, said[p] != "e") for p in problems]
 
     monkeypatch.setattr(answers, "answer", answer)
@@ -266,7 +268,7 @@ def test_accuracy_is_the_mean_score(tokenizer, monkeypatch, rows_per_batch):
         held_out=PROBLEMS,
         scorer=lambda completion, problem: float(completion == problem.answer),
     )
-    figures = accuracy(None, tokenizer, task, rows_per_batch=rows_per_batch)
+    figures = accuracy(None, tokenizer, task, rows_per_batch=rows_per_batch, sharding=rows)
     assert figures == {"accuracy": 3 / 5, "finished": 4 / 5, "problems": 5}
 
 

@@ -55,6 +55,15 @@ def test_files_stand_beside_the_task_and_decide_the_stage(run, tmp_path):
     assert works(run(recipe))[context.SFT][1].external != before.external
 
 
+def test_how_many_answers_are_written_at_a_time_makes_no_other_stage(run):
+    few, many, other = (
+        works(run(recipe_of(f"rejection.{setting}")))
+        for setting in ("rows_at_once=4", "rows_at_once=64", "samples=3")
+    )
+    for name in (context.REJECTION, context.DPO):
+        assert few[name][1].recipe == many[name][1].recipe != other[name][1].recipe
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
